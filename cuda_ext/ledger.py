@@ -1,0 +1,274 @@
+"""Ledger: what is known of each sample, one 32-byte record a sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from samplewise.cuda_ext import ops
+
+VERSION = 1
+MAX_SIZE = 1 << 31
+_COLUMNS = {
+    "loss_last": ops.LOSS_LAST,
+    "loss_ema": ops.LOSS_EMA,
+    "loss_mean": ops.LOSS_MEAN,
+    "loss_m2": ops.LOSS_M2,
+    "count": ops.COUNT,
+    "last_step": ops.LAST_STEP,
+    "weight": ops.WEIGHT,
+    "score": ops.SCORE,
+}
+
+
+class Ledger:
+    """Per-sample statistics of a data set of ``size`` samples.
+
+    With several ranks (an initialised process group), each rank keeps what it observed aside until :meth:`sync`, which
+    applies all ranks' observations in the order (step, rank, batch order): all ranks then hold the same bytes, also
+    where several ranks saw the same sample. With one process an update is visible at once.
+
+    Args:
+        size: N, the number of samples, in [1, 2^31].
+        ema: decay of ``loss_ema``, in [0, 1): ``ema <- ema * old + (1 - ema) * loss``, started at the first loss.
+        device: where the records live.
+        fingerprint: any text that identifies the data set; a state saved with another one is refused.
+
+    Attributes:
+        records: float32 (N, 8), the records; columns in the order of :meth:`column`'s names.
+    """
+
+    def __init__(self, size: int, *, ema: float = 0.9, device: str | torch.device = "cpu", fingerprint: str = ""):
+        self.size = _check_size("Ledger", size)
+        if not 0 <= ema < 1:
+            raise ValueError(f"Ledger(ema={ema}): ema is the decay of the moving average and must be in [0, 1).")
+        self.ema = float(ema)
+        self.device = torch.device(device)
+        self.fingerprint = fingerprint
+        self.records = _zeros(self.size, self.device)
+        self._rejected = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._pending: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
+
+    def update(self, ids: Tensor, losses: Tensor, *, step: int, scores: Tensor | None = None) -> None:
+        """Record one loss per entry; a sample that stands several times is updated that often, in batch order.
+
+        A loss that is not finite (or beyond 1e18, whose square overflows float32) is counted in :attr:`rejected` and
+        never stored.
+
+        Args:
+            ids: integer (B,), rows in [0, N).
+            losses: floating point (B,), any precision.
+            step: training batches observed so far; becomes ``last_step``.
+            scores: floating point (B,), kept as ``score`` (a gradient norm, a margin, a reward); non-finite ones are
+                ignored.
+
+        Raises:
+            TypeError: ids that are no integers, or losses that are no floating-point tensor.
+            ValueError: another shape than (B,), or lengths that differ.
+            IndexError: an id outside [0, N). Nothing is recorded then.
+        """
+        ids = self._entries(ids)
+        losses = _vector("losses", losses, ids)
+        if scores is not None:
+            scores = _vector("scores", scores, ids)
+        if _world_size() > 1:
+            if ids.device.type == "cpu":
+                ops.check_ids(ids.numpy(), self.size)
+            own = (ids.clone(), losses.clone(), None if scores is None else scores.clone(), int(step))
+            self._pending.append(own)
+        else:
+            self._apply(ids, losses, scores, int(step))
+
+    def _apply(self, ids: Tensor, losses: Tensor, scores: Tensor | None, step: int) -> None:
+        losses = losses.to(self.device)
+        scores = None if scores is None else scores.to(self.device)
+        ops.ledger_update(self.records, self._rejected, ids.to(self.device), losses, scores, step, self.ema)
+
+    def _entries(self, ids: Tensor) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(
+                f"ids: got {kind}, but ids must be an integer tensor (int64 best): a floating-point one corrupts ids "
+                f"above 256 (bfloat16), 2,048 (float16) or 2^24 (float32)."
+            )
+        if ids.ndim != 1:
+            raise ValueError(f"ids: got shape {tuple(ids.shape)}, but ids must be one-dimensional, (B,).")
+        return ids.detach().to(torch.int64)
+
+    def column(self, name: str) -> Tensor:
+        """A copy of one column, (N,).
+
+        ``loss_last``, ``loss_ema``, ``loss_mean``, ``loss_m2`` (Welford's sum of squared deviations) and ``score``:
+        float32, NaN where nothing was recorded. ``count``: int32, 0 where unseen. ``last_step``: int32, -1 where
+        unseen. ``weight``: float32, of the current plan, 0 where it has none.
+        """
+        if name not in _COLUMNS:
+            raise KeyError(f"Ledger.column({name!r}): no such column; there are {', '.join(_COLUMNS)}.")
+        index = _COLUMNS[name]
+        if name == "weight":
+            return self.records[:, index].clone()
+        if name == "count":
+            return self.records.view(torch.int32)[:, index].clone()
+        if name == "last_step":
+            return self.records.view(torch.int32)[:, index].masked_fill(~self.seen, -1)
+        return self.records[:, index].masked_fill(~self.seen, torch.nan)
+
+    @property
+    def seen(self) -> Tensor:
+        """Bool (N,): the samples of which at least one loss was recorded."""
+        return self.records.view(torch.int32)[:, ops.COUNT] > 0
+
+    @property
+    def rejected(self) -> int:
+        """How many losses were refused because they were not finite."""
+        return int(self._rejected)
+
+    def set_weights(self, ids: Tensor, weights: Tensor) -> None:
+        """Write the current plan's weights: ``weights`` float32 (k,) at the unique ``ids`` int64 (k,), else 0."""
+        self.records[:, ops.WEIGHT] = 0
+        self.records[ids.to(self.device), ops.WEIGHT] = weights.to(self.device, torch.float32)
+
+    def weights(self, ids: Tensor) -> Tensor:
+        """The current plan's weights of ``ids`` (B,): float32 (B,), on the device of ``ids``."""
+        return self.records[ids.to(self.device, torch.int64), ops.WEIGHT].to(ids.device)
+
+    def grow(self, size: int) -> None:
+        """Make room for more samples; the new ones are unseen."""
+        if _check_size("Ledger.grow", size) < self.size:
+            raise ValueError(f"Ledger.grow(size={size}): the ledger has {self.size} records and never shrinks.")
+        records = _zeros(size, self.device)
+        records[: self.size] = self.records
+        self.records, self.size = records, size
+
+    def sync(self) -> None:
+        """Merge what all ranks observed since the last sync. Collective: every rank calls it, or none.
+
+        One variable-length all-gather: ids and steps travel as int64, losses and scores apart from them as float32.
+        With one process there is nothing to do.
+        """
+        if _world_size() == 1:
+            return
+        integers, values = _pack(self._pending)
+        integers, values = _gather(integers, _wire_device()), _gather(values, _wire_device())
+        self._pending.clear()
+        order = torch.sort(integers[:, 1], stable=True).indices  # the gather is in rank order already
+        integers, values = integers[order], values[order]
+        steps, counts = torch.unique_consecutive(integers[:, 1], return_counts=True)
+        pieces = zip(steps.tolist(), integers.split(counts.tolist()), values.split(counts.tolist()), strict=True)
+        for step, some, numbers in pieces:
+            self._apply(some[:, 0].contiguous(), numbers[:, 0].contiguous(), numbers[:, 1].contiguous(), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as live references (like a module's): save it at once or ``copy.deepcopy`` it.
+
+        With several ranks call :meth:`sync` on all of them first; a state that still holds one rank's own observations
+        is accepted by that rank only.
+        """
+        return {
+            "version": VERSION,
+            "size": self.size,
+            "ema": self.ema,
+            "fingerprint": self.fingerprint,
+            "records": self.records,
+            "rejected": self._rejected,
+            "pending": self._pending,
+            "rank": [_rank(), _world_size()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state bit for bit.
+
+        Raises:
+            ValueError: the state is of another version, size or data set, or holds another rank's own observations.
+        """
+        self.check_state(state)
+        self.records.copy_(state["records"])
+        self._rejected.copy_(state["rejected"])
+        self._pending[:] = [tuple(entry) for entry in state["pending"]]
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError when :meth:`load_state_dict` would."""
+        if state.get("version") != VERSION:
+            raise ValueError(f"Ledger state: version {state.get('version')} was saved, this release reads {VERSION}.")
+        if state["size"] != self.size:
+            raise ValueError(
+                f"Ledger state: it was saved for a data set of {state['size']} samples, this one has {self.size}. "
+                f"Resume with the same data set; for one that grew, make the ledger with the old size, load, then "
+                f"call grow()."
+            )
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"Ledger state: it was saved with fingerprint={state['fingerprint']!r}, this one has "
+                f"{self.fingerprint!r}: the data sets differ, so the recorded losses would belong to other samples."
+            )
+        if state["pending"] and list(state["rank"]) != [_rank(), _world_size()]:
+            raise ValueError(
+                f"Ledger state: it holds observations that only rank {state['rank'][0]} of {state['rank'][1]} made. "
+                f"Call sync() on every rank before state_dict()."
+            )
+
+
+def _check_size(name: str, size: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise TypeError(f"{name}(size={size!r}): size is the number of samples, an int; pass len(dataset).")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"{name}(size={size}): size is the number of samples and must be in [1, 2^31].")
+    return int(size)
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":  # numpy's zeros are lazy and get huge pages, torch's do not
+        return torch.from_numpy(np.zeros((size, ops.RECORD_WIDTH), dtype=np.float32))
+    return torch.zeros(size, ops.RECORD_WIDTH, device=device)
+
+
+def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name}: got {kind}, but {name} must be a floating-point tensor of shape (B,).")
+    if values.shape != ids.shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(values.shape)} for {ids.numel()} ids, but there must be one value an id."
+        )
+    return values.detach().to(torch.float32)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _wire_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def _pack(pending: list[tuple[Tensor, Tensor, Tensor | None, int]]) -> tuple[Tensor, Tensor]:
+    """The observations as int64 (n, 2) of (id, step) and float32 (n, 2) of (loss, score), NaN where there is none."""
+    integers = [torch.stack([ids, torch.full_like(ids, step)], dim=1) for ids, _, _, step in pending]
+    values = [
+        torch.stack([losses, torch.full_like(losses, torch.nan) if scores is None else scores.to(losses.device)], dim=1)
+        for _, losses, scores, _ in pending
+    ]
+    return torch.cat([torch.empty(0, 2, dtype=torch.int64), *(part.cpu() for part in integers)]), torch.cat(
+        [torch.empty(0, 2), *(part.cpu() for part in values)]
+    )
+
+
+def _gather(rows: Tensor, device: torch.device) -> Tensor:
+    """All ranks' rows (n_r, 2), in rank order, on the CPU."""
+    length = torch.tensor([rows.shape[0]], device=device)
+    lengths = [torch.empty_like(length) for _ in range(_world_size())]
+    dist.all_gather(lengths, length)
+    longest = int(max(lengths))
+    padded = torch.zeros(longest, rows.shape[1], dtype=rows.dtype, device=device)
+    padded[: rows.shape[0]] = rows.to(device)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)].cpu() for part, n in zip(parts, lengths, strict=True)])

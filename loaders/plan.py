@@ -1,0 +1,106 @@
+"""Plan: what one epoch trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from samplewise.cuda_ext import Ledger
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The samples of one epoch, in any order (the sampler shuffles them), and their loss weights.
+
+    Attributes:
+        ids: int64 (k,) rows of the data set, repeats allowed, or a ``range``, of which no list is ever stored.
+        weights: float32 (k,), finite and >= 0, multiplied with the samples' losses; None means 1 for all.
+    """
+
+    ids: range | NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def check(self, size: int, name: str) -> Plan:
+        """Return the plan with its arrays in their exact dtypes.
+
+        Raises:
+            TypeError: ids that are no integers.
+            ValueError: an empty plan, ids outside [0, size), or weights of another length, negative, not finite or all
+                0.
+        """
+        ids = self.ids
+        if isinstance(ids, range):
+            ids = ids if ids.step > 0 else ids[::-1]
+        else:
+            ids = np.ascontiguousarray(ids)
+            if ids.dtype.kind not in "iu" or ids.ndim != 1:
+                raise TypeError(f"{name}: Plan.ids must be an int64 (k,) array or a range, not {ids.dtype}{ids.shape}.")
+            ids = ids.astype(np.int64, copy=False)
+        if len(ids) == 0:
+            raise ValueError(f"{name}: the plan is empty, so the epoch would train on nothing; plan at least one id.")
+        low, high = (ids[0], ids[-1]) if isinstance(ids, range) else (ids.min(), ids.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name}: Plan.ids must lie in [0, {size}), the rows of the data set; got {low}..{high}.")
+        return Plan(ids, None if self.weights is None else _checked_weights(self.weights, len(ids), name))
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids at ``positions`` (m,): int64 (m,)."""
+        if isinstance(self.ids, range):
+            return positions * self.ids.step + self.ids.start
+        return self.ids[positions]
+
+    def summary(self, ledger: Ledger, step: int) -> dict[str, float]:
+        """Figures to log, computed in a few passes over the data set.
+
+        Returns:
+            ``kept``: planned samples over N. ``coverage``: share of the data set that was seen before or is planned.
+            ``ess``: effective sample size (sum w)^2 / sum(w^2) over k, in (0, 1]. ``max_weight``: largest weight over
+            the mean one. ``staleness``: mean age of the recorded losses, in training batches before ``step``.
+        """
+        seen = ledger.seen.cpu().numpy()
+        staleness = 0.0
+        if seen.any():
+            staleness = step - float(ledger.column("last_step").cpu().numpy().mean(where=seen, dtype=np.float64))
+        covered = seen.copy()
+        covered[slice(self.ids.start, self.ids.stop, self.ids.step) if isinstance(self.ids, range) else self.ids] = True
+        ess = max_weight = 1.0
+        if self.weights is not None:
+            weights = self.weights.astype(np.float64)
+            ess = float(weights.sum() ** 2 / np.square(weights).sum() / len(self))
+            max_weight = float(weights.max() / weights.mean())
+        return {
+            "kept": len(self) / ledger.size,
+            "coverage": float(covered.mean()),
+            "ess": ess,
+            "max_weight": max_weight,
+            "staleness": staleness,
+        }
+
+
+def write_weights(ledger: Ledger, plans: list[Plan]) -> None:
+    """Write one epoch's weights into the ledger.
+
+    A sample that the epoch shows several times gets the mean of its weights, so that their sum, and with it the
+    expected gradient, is unchanged.
+    """
+    ids = np.concatenate([plan.take(np.arange(len(plan))) for plan in plans])
+    weights = np.concatenate([np.ones(len(p), np.float32) if p.weights is None else p.weights for p in plans])
+    times = np.bincount(ids, minlength=ledger.size)
+    rows = np.flatnonzero(times)
+    mean = np.bincount(ids, weights=weights, minlength=ledger.size)[rows] / times[rows]
+    ledger.set_weights(torch.from_numpy(rows), torch.from_numpy(mean.astype(np.float32)))
+
+
+def _checked_weights(weights: NDArray[np.float32], length: int, name: str) -> NDArray[np.float32]:
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    if weights.shape != (length,):
+        raise ValueError(f"{name}: Plan.weights must be one weight an id, ({length},), not {weights.shape}.")
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(f"{name}: Plan.weights must be finite and >= 0, and not all 0.")
+    return weights
