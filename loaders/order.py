@@ -86,10 +86,11 @@ class OrderIterator(Iterator[int]):
         order: what to run through.
         epoch: the epoch it belongs to.
         start: number of ids to pass over.
+        previous: the order of the epoch before, where a state of its last batches has just been loaded.
     """
 
-    def __init__(self, order: Order, epoch: int, start: int):
-        self._order, self._epoch = order, epoch
+    def __init__(self, order: Order, epoch: int, start: int, previous: Order | None = None):
+        self._order, self._epoch, self._previous = order, epoch, previous
         self._move_to(start)
 
     def _move_to(self, index: int) -> None:
@@ -115,7 +116,11 @@ class OrderIterator(Iterator[int]):
         return {"version": 1, "epoch": self._epoch, "position": self._index * self._order.num_replicas}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the saved position; the sampler must be at the saved epoch already."""
+        """Go to the saved position; the sampler must be at the saved epoch already, or at the start of the next."""
+        if self._previous is not None and state["epoch"] == self._epoch - 1:
+            if state["position"] >= self._previous.total:
+                return
+            self._order, self._epoch = self._previous, state["epoch"]  # a loader that passes over the rest itself
         if state["epoch"] != self._epoch:
             raise ValueError(
                 f"The loader's state is of epoch {state['epoch']}, the sampler is at epoch {self._epoch}: call "

@@ -10,7 +10,6 @@ import importlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
-from inspect import isabstract
 from typing import cast
 
 from samplewise.loaders.sampler import PlannedSampler
@@ -122,7 +121,7 @@ def _attribute(module: str, attribute: str) -> object:
 def _fault(found: object) -> str | None:
     if not isinstance(found, type) or not issubclass(found, PlannedSampler):
         return f"{found!r} is not a subclass of {PlannedSampler.__module__}.{PlannedSampler.__qualname__}"
-    if isabstract(found):
+    if getattr(found.plan, "__isabstractmethod__", False):
         return f"{found.__qualname__} is abstract: it must define plan()"
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from time import perf_counter
@@ -36,7 +36,7 @@ class SamplerOptions(TypedDict, total=False):
     rank: int | None
 
 
-class PlannedSampler(DistributedSampler[int]):
+class PlannedSampler(DistributedSampler[int], ABC):
     """Base of every method: a subclass writes :meth:`plan`, this class does the rest.
 
     It is a :class:`torch.utils.data.DistributedSampler`, which frameworks leave alone: the plan is the same on every
@@ -62,6 +62,8 @@ class PlannedSampler(DistributedSampler[int]):
         ledger: the per-sample statistics, :class:`samplewise.cuda_ext.Ledger`.
         epoch: the current epoch, from 0.
         recording: set it to False while losses must not be recorded (validation).
+        epoch_samples: samples of the current epoch, all ranks together, after which the loop ends it, where that is not
+            all of them (a loader that drops its last batch, a limit on the batches); each new epoch sets it to None.
         plan_seconds: seconds that the last planning took, the ledger's sync included.
     """
 
@@ -93,6 +95,11 @@ class PlannedSampler(DistributedSampler[int]):
                 f"{name}(epoch_length={epoch_length!r}): an epoch is as long as its plan ('plan') or has a fixed "
                 f"number of samples (an int >= 1)."
             )
+        for argument, value, least in (("num_replicas", num_replicas, 1), ("rank", rank, 0)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}({argument}={value!r}): {argument} must be an int >= {least}, or None.")
+        if rank is not None and rank >= (num_replicas or rank + 1):
+            raise ValueError(f"{name}(rank={rank}): rank must be below num_replicas={num_replicas}.")
         self.ledger = Ledger(size, ema=ema, device=device, fingerprint=fingerprint)
         self.size = self.ledger.size
         self.dataset = range(self.size)  # DistributedSampler's attribute; only its length is known here
@@ -236,16 +243,22 @@ class PlannedSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self._planned and self._epoch_is_over():
             self.set_epoch(self.epoch + 1)
-        total = self.total_size
-        order = Order(self._segments, total, self.rank, self.num_replicas, self.seed, self.shuffle)
-        self._latest = OrderIterator(order, self.epoch, self._start // self.num_replicas)
+        start = self._start // self.num_replicas
+        self._latest = OrderIterator(self._order(), self.epoch, start, self._previous_order)
         return self._latest
+
+    def _order(self) -> Order:
+        total = self.total_size  # makes the plan where there is none yet
+        return Order(self._segments, total, self.rank, self.num_replicas, self.seed, self.shuffle)
 
     def _epoch_is_over(self) -> bool:
         """Whether the model has trained on all of the epoch, but for a last batch that the loader dropped."""
-        left = self.total_size - self.consumed
+        left = self._epoch_end() - self.consumed
         drawn = self._latest is not None and self._latest.exhausted
         return left <= 0 or (drawn and left < self._batch)
+
+    def _epoch_end(self) -> int:
+        return self.total_size if self.epoch_samples is None else max(1, min(self.epoch_samples, self.total_size))
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
@@ -312,14 +325,17 @@ class PlannedSampler(DistributedSampler[int]):
     @property
     def progress(self) -> float:
         """Epochs done, with the share of the current one: 2.5 is the middle of the third epoch."""
-        return self.epoch + min(1.0, self.consumed / self.total_size)
+        return self.epoch + min(1.0, self.consumed / self._epoch_end())
 
     def advance_to(self, consumed: int) -> None:
         """Say how many samples of this epoch the model has trained on (all ranks together).
 
         :meth:`observe` counts them; a framework's callback, which knows of batches that were not observed, corrects it.
+        0 begins the epoch anew: the next iterator starts at its first sample, also after a resume.
         """
         self._cursor[0] = min(max(int(consumed), 0), self.total_size)
+        if self._cursor[0] == 0:
+            self._start = 0
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -342,7 +358,7 @@ class PlannedSampler(DistributedSampler[int]):
             "seed": self.seed,
             "epoch": self.epoch,
             "cursor": torch.from_numpy(self._cursor),
-            "total": self.total_size,
+            "end": self._epoch_end(),
             "batch": self._batch,
             "segments": [_segment_state(segment) for segment in self._segments],
             "ledger": self.ledger.state_dict(),
@@ -369,12 +385,15 @@ class PlannedSampler(DistributedSampler[int]):
         self.epoch = state["epoch"]
         self._segments = tuple(_segment_from(part) for part in state["segments"])
         consumed, step = state["cursor"].tolist()
-        if consumed >= state["total"]:  # the epoch was over: what comes next is a plan of the ledger just loaded
+        if consumed >= state["end"]:  # the epoch was over: what comes next is a plan of the ledger just loaded
             if state["ledger"]["pending"]:
                 self.ledger.sync()
+            self._planned = True
+            previous = self._order()
             self.epoch += 1
             self._new_cursor(consumed=0, step=step)
             self._make_epoch(perf_counter())
+            self._previous_order = previous
         else:
             self._finish_epoch()
             self._new_cursor(consumed=consumed, step=step)
@@ -384,7 +403,9 @@ class PlannedSampler(DistributedSampler[int]):
         """A cursor of its own for each epoch, so that a state taken in an earlier one stays what it was."""
         self._cursor = np.array([consumed, step], dtype=np.int64)
         self._start = consumed
+        self.epoch_samples: int | None = None
         self._latest: OrderIterator | None = None
+        self._previous_order: Order | None = None
         self._batch = 0
 
 

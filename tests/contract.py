@@ -1,0 +1,50 @@
+"""The contract suite: every sampler that is registered, in every mode, keeps ``check_sampler``'s contract.
+
+A registered sampler is found by itself. It needs a row in SETTINGS only if it cannot be built from its size, or has
+modes that the contract should see.
+"""
+
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+from samplewise.loaders import PlannedSampler
+from samplewise.loaders.testing import check_sampler
+
+SIZE = 97
+LABELS = np.arange(SIZE) % 3
+
+SETTINGS = {
+    "rs2": [
+        {"ratio": 0.3},
+        {"ratio": 0.3, "mode": "with_replacement"},
+        {"ratio": 0.3, "mode": "stratified", "labels": LABELS},
+        {"ratio": 0.3, "mode": "hash"},
+    ],
+    "infobatch": [
+        {"epochs": 4},
+        {"epochs": 3, "anneal_from": 0.5},
+        {"epochs": 4, "quantiles": ((0.2, 0.25), (0.85, 0.5))},
+        {"epochs": 4, "batch_loss": True},
+    ],
+    "seta": [{"epochs": 4}, {"epochs": 4, "groups": 5, "window": 0.5, "rounding": "paper", "revisit_every": 2}],
+}
+COMMON = [{}, {"epoch_length": 60}, {"epoch_length": 150, "seed": 5}, {"drop_last": True}, {"shuffle": False}]
+
+samplers = {point.name: point for point in entry_points(group="samplewise.plugins")}
+
+
+def test_the_methods_of_this_library_are_discovered():
+    assert {"uniform", "rs2", "infobatch", "seta"} <= set(samplers)
+
+
+@pytest.mark.parametrize("common", COMMON, ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, settings) for name in sorted(samplers) for settings in SETTINGS.get(name, [{}])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "default",
+)
+def test_contract(name, settings, common):
+    kind = samplers[name].load()
+    assert issubclass(kind, PlannedSampler)
+    check_sampler(lambda: kind(SIZE, **settings, **common))

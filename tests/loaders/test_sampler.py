@@ -1,0 +1,418 @@
+"""PlannedSampler as a DataLoader's sampler, and as the model's bookkeeper."""
+
+import random
+import warnings
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from samplewise.cuda_ext import Ledger
+from samplewise.loaders import Plan, PlannedSampler, with_ids
+from samplewise.loaders.testing import check_sampler, train_epoch
+from support import Everything, HardHalf, Lengths, loss_of
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+COMMON = [{}, {"seed": 3}, {"epoch_length": 33}, {"epoch_length": 250}, {"drop_last": True}, {"shuffle": False}]
+
+
+class Returns(PlannedSampler):
+    def __init__(self, size, plan, **common):
+        super().__init__(size, **common)
+        self.returned = plan
+
+    def plan(self, epoch, rng):
+        return self.returned
+
+
+@pytest.mark.parametrize("common", COMMON, ids=str)
+@pytest.mark.parametrize("kind", [Everything, HardHalf])
+def test_contract(kind, common):
+    check_sampler(lambda: kind(101, **common))
+
+
+def test_one_sample():
+    check_sampler(lambda: Lengths(1, lengths=[1], shuffle=False))
+
+
+# --- the contract can fail --------------------------------------------------------------------------------------------
+
+
+class ReturnsItself(Everything):
+    """T1: `__iter__` resets and returns self."""
+
+    def __iter__(self):
+        self.it = super().__iter__()
+        return self
+
+    def __next__(self):
+        return next(self.it)
+
+
+class GlobalGenerator(Everything):
+    def plan(self, epoch, rng):
+        np.random.seed(epoch)  # noqa: NPY002
+        return super().plan(epoch, rng)
+
+
+class Unkeyed(Everything):
+    def plan(self, epoch, rng):
+        return Plan(np.random.default_rng().permutation(self.size)[:50])
+
+
+class FixedLength(HardHalf):
+    """T6: a length frozen when the sampler is built."""
+
+    def __len__(self):
+        return self.size // self.num_replicas
+
+
+class Forgetful(HardHalf):
+    def state_dict(self):
+        return {**super().state_dict(), "ledger": Ledger(self.size).state_dict()}
+
+
+class DrawnNotConsumed(HardHalf):
+    """T13: saves a position ahead of what the model trained on."""
+
+    def state_dict(self):
+        state = super().state_dict()
+        return {**state, "cursor": state["cursor"] + torch.tensor([7, 0])}
+
+
+class SameOrder(Everything):
+    def set_epoch(self, epoch):
+        pass
+
+
+class Unpicklable(Everything):
+    def __init__(self, size):
+        super().__init__(size)
+        self.function = lambda: None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [ReturnsItself, GlobalGenerator, Unkeyed, FixedLength, Forgetful, DrawnNotConsumed, SameOrder, Unpicklable],
+)
+def test_check_sampler_catches(kind):
+    with pytest.raises(Exception):  # noqa: B017, PT011 (an assertion, or what the fault itself raises)
+        check_sampler(lambda: kind(100))
+
+
+# --- order and length -------------------------------------------------------------------------------------------------
+
+
+def test_t1_batch_samplers_and_islice_end_their_epochs():
+    sampler = Everything(10)
+    assert sorted(i for batch in BatchSampler(sampler, 4, False) for i in batch) == list(range(10))
+    it = iter(sampler)
+    assert [*islice(it, 4), *islice(it, 4), *islice(it, 4)] == list(sampler)
+    assert next(it, None) is None
+    assert next(it, None) is None
+
+
+def test_t5_is_a_distributed_sampler_whose_rank_is_looked_up_late():
+    sampler = Everything(10)
+    assert isinstance(sampler, DistributedSampler)
+    assert (sampler.num_replicas, sampler.rank) == (1, 0)
+    sampler.num_replicas, sampler.rank = 3, 1
+    assert len(sampler) == 4
+
+
+def test_t6_lengths_follow_the_plan_on_every_rank():
+    ranks = [Lengths(64, lengths=[24, 64, 5], num_replicas=2, rank=r) for r in range(2)]
+    for epoch, (length, planned) in enumerate([(12, 24), (32, 64), (3, 5)]):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in ranks]
+        assert [len(share) for share in shares] == [length, length]
+        assert set(shares[0]) | set(shares[1]) == set(range(planned))
+        assert len(set(shares[0]) & set(shares[1])) == 2 * length - planned
+
+
+def test_drop_last_leaves_out_instead_of_repeating():
+    ranks = [Everything(11, drop_last=True, num_replicas=3, rank=r) for r in range(3)]
+    assert len({i for sampler in ranks for i in sampler}) == 9
+    with pytest.raises(ValueError, match=r"drop_last=True.*leaves none"):
+        len(Everything(2, drop_last=True, num_replicas=3, rank=0))
+
+
+def test_t7_set_epoch_is_idempotent_and_optional():
+    called, forgotten = Everything(50), Everything(50)
+    for epoch in range(3):
+        called.set_epoch(epoch)
+        called.set_epoch(epoch)
+        assert train_epoch(called) == train_epoch(forgotten)
+    assert forgotten.epoch == 2
+
+
+def test_t7_forgotten_set_epoch_with_a_loader_that_drops_its_last_batch():
+    sampler = Everything(10)
+    loader = DataLoader(with_ids(range(10)), batch_size=4, sampler=sampler, drop_last=True)
+    epochs = []
+    for _ in range(3):
+        for ids, _ in loader:
+            sampler.observe(ids, loss_of(ids))
+        epochs.append((sampler.epoch, sampler.consumed))
+    assert epochs == [(0, 8), (1, 8), (2, 8)]
+
+
+def test_set_epoch_back_and_ahead():
+    sampler = Everything(20)
+    sampler.set_epoch(5)
+    ahead = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == list(Everything(20))
+    sampler.set_epoch(5)
+    assert list(sampler) == ahead
+    with pytest.raises(ValueError, match="set_epoch"):
+        sampler.set_epoch(-1)
+
+
+def test_a_fixed_epoch_length_runs_through_whole_plans():
+    sampler = Everything(10, epoch_length=15)
+    stream = [i for epoch in range(4) for i in (sampler.set_epoch(epoch), *train_epoch(sampler))[1:]]
+    assert len(stream) == 60
+    for start in range(0, 60, 10):
+        assert sorted(stream[start : start + 10]) == list(range(10))
+
+
+def test_no_shuffle_keeps_the_plans_order():
+    plan = Plan(np.array([4, 1, 3]))
+    assert list(Returns(5, plan, shuffle=False)) == [4, 1, 3]
+
+
+def test_t15_heavy_samples_do_not_come_first():
+    """The mean weight of the first and last tenth of an epoch, over 200 epochs, against their common mean: z-test."""
+    size = 1000
+    weights = np.linspace(0, 1, size, dtype=np.float32) + 0.01
+    sampler = Returns(size, Plan(np.arange(size)[::-1].copy(), weights[::-1].copy()))
+    first, last = [], []
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        order = np.fromiter(sampler, np.int64)
+        first.append(weights[order[:100]].mean())
+        last.append(weights[order[-100:]].mean())
+    se = weights.std() / np.sqrt(200 * 100)
+    for part in (first, last):
+        assert abs(np.mean(part) - weights.mean()) < 5 * se
+
+
+def test_t14_no_limit_at_2_24_and_the_first_id_at_once():
+    sampler = Everything(2**24 + 1000)
+    assert len(sampler) == 2**24 + 1000
+    some = list(islice(sampler, 100_000))
+    assert len(set(some)) == 100_000
+    # uniform over the range: the mean is N/2 +- 5 N / sqrt(12 n)
+    assert abs(np.mean(some) / len(sampler) - 0.5) < 5 / np.sqrt(12 * 100_000)
+
+
+def test_t19_global_generators_are_untouched():
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    sampler = HardHalf(100)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        train_epoch(sampler)
+    assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == states  # noqa: NPY002
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_t3_t4_losses_land_on_their_rows_whatever_the_loader_fetches_ahead(workers, in_order):
+    sampler = HardHalf(300)
+    loader = DataLoader(
+        with_ids(range(300)),
+        batch_size=16,
+        sampler=sampler,
+        num_workers=workers,
+        in_order=in_order,
+        persistent_workers=workers > 0,
+    )
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        ahead = iter(loader)
+        batches = [next(ahead), next(ahead)]  # a loop that fetches two batches before it trains on the first
+        for batch in ahead:
+            batches.append(batch)
+            ids, items = batches.pop(0)
+            sampler.observe(ids, (items.float() + 1000 * epoch).requires_grad_())
+        for ids, items in batches:
+            sampler.observe(ids, (items.float() + 1000 * epoch).requires_grad_())
+    last = sampler.ledger.column("loss_last").numpy()
+    assert sampler.ledger.seen.all()
+    assert (last % 1000 == np.arange(300)).all()
+
+
+def test_t24_persistent_workers_follow_every_new_plan():
+    sampler = Lengths(40, lengths=[40, 8, 24])
+    loader = DataLoader(with_ids(range(40)), batch_size=4, sampler=sampler, num_workers=2, persistent_workers=True)
+    for epoch, length in enumerate([40, 8, 24]):
+        sampler.set_epoch(epoch)
+        assert len(loader) == length // 4
+        assert sorted(torch.cat([ids for ids, _ in loader]).tolist()) == list(range(length))
+
+
+# --- observe ----------------------------------------------------------------------------------------------------------
+
+
+def weighted(size=4):
+    sampler = Returns(size, Plan(np.arange(size), np.arange(1, size + 1, dtype=np.float32)))
+    len(sampler)
+    return sampler
+
+
+def test_observe_weighs_before_the_mean():
+    losses = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    loss = weighted().observe(torch.tensor([3, 0, 1]), losses)
+    assert loss.item() == pytest.approx((4 * 1 + 1 * 2 + 2 * 3) / 3)
+    loss.backward()
+    assert losses.grad.tolist() == pytest.approx([4 / 3, 1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.sqrt])
+def test_t22_the_users_losses_are_never_changed(function):
+    raw = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    losses = function(raw)
+    before = losses.detach().clone()
+    weighted().observe(torch.tensor([3, 0, 1]), losses).backward()
+    assert torch.equal(losses.detach(), before)
+    assert torch.isfinite(raw.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_precision(dtype):
+    losses = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
+    assert weighted().observe(torch.tensor([0, 1]), losses).item() == pytest.approx(2.5)
+
+
+def test_t20_a_nan_loss_is_counted_and_planning_goes_on():
+    sampler = HardHalf(50)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for batch in BatchSampler(sampler, 10, False):
+            ids = torch.tensor(batch)
+            losses = torch.where(ids % 10 == 0, torch.nan, ids.float())
+            sampler.observe(ids, losses.requires_grad_())
+    assert sampler.ledger.rejected > 0
+    assert len(sampler) < 50  # it prunes still
+    assert sampler.current_plan.summary(sampler.ledger, sampler.step)["kept"] < 1
+
+
+def test_t26_evaluation_leaves_no_trace():
+    sampler = weighted()
+    ids, losses = torch.tensor([3, 1]), torch.tensor([1.0, 3.0], requires_grad=True)
+    with torch.no_grad():
+        assert sampler.observe(ids, losses).item() == 2.0
+        assert sampler.observe(torch.tensor([99]), torch.ones(1)).item() == 1.0  # another data set's ids
+    with torch.inference_mode():
+        sampler.observe(ids, losses)
+    sampler.recording = False
+    assert sampler.observe(ids, losses).item() == 2.0
+    assert not sampler.ledger.seen.any()
+    assert (sampler.consumed, sampler.step) == (0, 0)
+    sampler.recording = True
+    sampler.observe(ids, losses)
+    assert int(sampler.ledger.seen.sum()) == 2
+
+
+def test_detached_losses_may_be_recorded_after_backward():
+    sampler = weighted()
+    sampler.observe(torch.tensor([3, 1]), torch.tensor([1.0, 3.0]))
+    assert int(sampler.ledger.seen.sum()) == 2
+
+
+def test_t25_observe_inside_a_compiled_step():
+    sampler = Everything(8)
+    len(sampler)
+    model = torch.nn.Linear(2, 1)
+
+    @torch.compile(backend="aot_eager")
+    def forward(x):
+        return model(x).squeeze(1).square()
+
+    ids, x = torch.tensor([1, 5]), torch.ones(2, 2)
+    sampler.observe(ids, forward(x)).backward()
+    assert model.weight.grad is not None
+    assert sampler.ledger.seen.nonzero().flatten().tolist() == [1, 5]
+
+
+def test_progress_counts_epochs_and_their_share():
+    sampler = Lengths(40, lengths=[40, 8])
+    assert sampler.progress == 0
+    train_epoch(sampler, batch_size=10, stop=3)
+    assert sampler.progress == 0.75
+    sampler.set_epoch(1)
+    train_epoch(sampler, batch_size=4, stop=1)
+    assert sampler.progress == 1.5
+    sampler.epoch_samples = 4
+    assert sampler.progress == 2.0
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"size": 0}, ValueError, r"size=0"),
+        ({"size": -3}, ValueError, r"size=-3"),
+        ({"size": 10.0}, TypeError, r"len\(dataset\)"),
+        ({"size": [1, 2]}, TypeError, r"len\(dataset\)"),
+        ({"size": 10, "seed": -1}, ValueError, "seed"),
+        ({"size": 10, "seed": 1.5}, ValueError, "seed"),
+        ({"size": 10, "epoch_length": 0}, ValueError, "epoch_length"),
+        ({"size": 10, "epoch_length": "epoch"}, ValueError, "epoch_length"),
+        ({"size": 10, "ema": 1.0}, ValueError, "ema"),
+        ({"size": 10, "num_replicas": 2, "rank": 2}, ValueError, "rank"),
+        ({"size": 10, "num_replicas": 0, "rank": 0}, ValueError, "num_replicas"),
+        ({"size": 10, "sead": 1}, TypeError, "sead"),
+    ],
+)
+def test_bad_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Everything(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ids", "losses", "error", "message"),
+    [
+        (torch.tensor([0, 1]), torch.tensor(1.0), ValueError, r"reduction='none'"),
+        (torch.tensor([0, 1]), torch.ones(2, 5), ValueError, r"losses.mean\(dim=1\)"),
+        (torch.tensor([0, 1]), torch.ones(3), ValueError, "one value an id"),
+        (torch.tensor([0, 1]), 1.0, TypeError, "floating-point tensor"),
+        (torch.tensor([0, 1]), torch.ones(2, dtype=torch.long), TypeError, "floating-point"),
+        (torch.tensor([0.0, 1.0]), torch.ones(2), TypeError, "integer"),
+        (torch.tensor([0, 4]), torch.ones(2), IndexError, r"\[0, 4\)"),
+        ([0, 1], torch.ones(2), TypeError, "integer"),
+    ],
+)
+def test_bad_observations(ids, losses, error, message):
+    sampler = weighted()
+    with pytest.raises(error, match=message):
+        sampler.observe(ids, losses)
+    assert sampler.step == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        ([1, 2], TypeError, "must return a Plan"),
+        (Plan(np.array([], dtype=np.int64)), ValueError, r"Returns.plan\(0\).*empty"),
+        (Plan(np.array([9])), ValueError, r"\[0, 5\)"),
+    ],
+)
+def test_bad_plans_are_refused_when_they_are_made(plan, error, message):
+    with pytest.raises(error, match=message):
+        len(Returns(5, plan))
+
+
+def test_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        PlannedSampler(5)
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_epoch(HardHalf(30))
