@@ -230,10 +230,18 @@ def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{name}: got {kind}, but {name} must be a floating-point tensor of shape (B,).")
-    if values.shape != ids.shape:
+    if values.ndim == 0:
         raise ValueError(
-            f"{name}: got shape {tuple(values.shape)} for {ids.numel()} ids, but there must be one value an id."
+            f"{name}: got a scalar, but one value a sample is needed, (B,). Ask the loss function for it: "
+            f"F.cross_entropy(logits, labels, reduction='none')."
         )
+    if values.ndim > 1:
+        raise ValueError(
+            f"{name}: got shape {tuple(values.shape)}, but one value a sample is needed, (B,). Take the mean over the "
+            f"other dimensions, e.g. over a sequence's tokens: {name}.mean(dim=1)."
+        )
+    if values.shape != ids.shape:
+        raise ValueError(f"{name}: got {values.numel()} for {ids.numel()} ids, but there must be one value an id.")
     return values.detach().to(torch.float32)
 
 

@@ -85,9 +85,11 @@ def _ledger_update_reference(
         return
     in_order = np.sort(rows)
     if not (in_order[1:] == in_order[:-1]).any():
-        unique, rounds = rows, [(slice(None), slice(None))]
-    else:
-        unique, rounds = _duplicate_rounds(rows)
+        gathered = _gather(records, rows)
+        _apply(gathered, values, marks, step, ema)
+        _scatter(records, rows, gathered)
+        return
+    unique, rounds = _duplicate_rounds(rows)
     gathered = _gather(records, unique)
     for where, entries in rounds:
         part = gathered[where]
@@ -96,7 +98,9 @@ def _ledger_update_reference(
     _scatter(records, unique, gathered)
 
 
-def _duplicate_rounds(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[NDArray[np.int64], ...]]]:
+def _duplicate_rounds(
+    rows: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
     """Split a batch into rounds without duplicates: round r holds each id's r-th entry, in batch order."""
     unique, inverse = np.unique(rows, return_inverse=True)
     by_id = np.argsort(inverse, kind="stable")
@@ -134,7 +138,7 @@ def _apply(
     first = count == 1
     delta = losses - part[:, LOSS_MEAN]
     mean = part[:, LOSS_MEAN] + delta / count.astype(np.float32)
-    part[:, LOSS_M2] += delta * (losses - mean)
+    part[:, LOSS_M2] = part[:, LOSS_M2] + delta * (losses - mean)
     part[:, LOSS_MEAN] = mean
     average = part[:, LOSS_EMA] + np.float32(1 - ema) * (losses - part[:, LOSS_EMA])
     part[:, LOSS_EMA] = np.where(first, losses, average)
@@ -217,9 +221,10 @@ def _permutation_fake(out: Tensor, n: int, seed: int, start: int, stride: int) -
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The splitmix64 finaliser: a bijection of uint64 whose output bits all depend on all input bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: NDArray[np.uint64] = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def hash64(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
@@ -230,14 +235,15 @@ def hash64(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=4)
 def _sorted_keys(n: int, seed: int) -> NDArray[np.int64]:
-    return np.argsort(hash64(np.arange(n, dtype=np.uint64), seed), kind="stable")
+    order: NDArray[np.int64] = np.argsort(hash64(np.arange(n, dtype=np.uint64), seed), kind="stable")
+    return order
 
 
 def _feistel(positions: NDArray[np.uint64], n: int, seed: int) -> NDArray[np.uint64]:
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)
     keys = hash64(np.arange(_FEISTEL_ROUNDS, dtype=np.uint64), seed)
-    values = _feistel_once(positions, rows, columns, keys)
+    values: NDArray[np.uint64] = _feistel_once(positions, rows, columns, keys)
     outside = np.flatnonzero(values >= n)
     while outside.size:
         values[outside] = _feistel_once(values[outside], rows, columns, keys)
@@ -246,17 +252,18 @@ def _feistel(positions: NDArray[np.uint64], n: int, seed: int) -> NDArray[np.uin
 
 
 def _feistel_once(values: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x, y = np.divmod(values, np.uint64(columns))
+    x, y = values // np.uint64(columns), values % np.uint64(columns)
     for r in range(0, _FEISTEL_ROUNDS, 2):
         x = _shift(x, y, rows, keys[r])
         y = _shift(y, x, columns, keys[r + 1])
-    return x * np.uint64(columns) + y
+    result: NDArray[np.uint64] = x * np.uint64(columns) + y
+    return result
 
 
 def _shift(left: NDArray[np.uint64], right: NDArray[np.uint64], modulus: int, key: np.uint64) -> NDArray[np.uint64]:
     """``(left + F(right)) mod modulus`` with F a keyed hash, scaled into [0, modulus) by its top 32 bits."""
     mixed = (right + key) * np.uint64(_GOLDEN)
     mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    moved = left + (((mixed >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32))
+    moved: NDArray[np.uint64] = left + (((mixed >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32))
     moved -= np.where(moved >= modulus, np.uint64(modulus), np.uint64(0))
     return moved

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from samplewise.cuda_ext.ops import permutation
 from samplewise.loaders.plan import Plan
@@ -33,6 +35,27 @@ class Segment:
             return self.plan.take(np.arange(first, first + count * stride, stride))
         key = derive(seed, self.number, "order")
         return self.plan.take(permutation(len(self.plan), key, first, count, stride=stride).numpy())
+
+    def state(self) -> dict[str, Any]:
+        """The segment as numbers and tensors; a plan that is a ``range`` needs three integers."""
+        ids, weights = self.plan.ids, self.plan.weights
+        return {
+            "number": self.number,
+            "start": self.start,
+            "stop": self.stop,
+            "ids": [ids.start, ids.stop, ids.step] if isinstance(ids, range) else torch.from_numpy(ids),
+            "weights": None if weights is None else torch.from_numpy(weights),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Segment:
+        """The segment that :meth:`state` described."""
+        ids, weights = state["ids"], state["weights"]
+        plan = Plan(
+            ids.cpu().numpy() if isinstance(ids, Tensor) else range(*ids),
+            None if weights is None else weights.cpu().numpy(),
+        )
+        return cls(plan, state["number"], state["start"], state["stop"])
 
 
 @dataclass(frozen=True)

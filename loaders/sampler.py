@@ -102,7 +102,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
             raise ValueError(f"{name}(rank={rank}): rank must be below num_replicas={num_replicas}.")
         self.ledger = Ledger(size, ema=ema, device=device, fingerprint=fingerprint)
         self.size = self.ledger.size
-        self.dataset = range(self.size)  # DistributedSampler's attribute; only its length is known here
+        self.dataset: Any = range(self.size)  # DistributedSampler's attribute; only its length is known here
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -112,6 +112,10 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.plan_seconds = 0.0
         self._num_replicas, self._rank = num_replicas, rank
         self._segments: tuple[Segment, ...] = ()
+        self._latest: OrderIterator | None = None
+        self._previous_order: Order | None = None
+        self._batch = 0  # the largest batch observed in this epoch, all ranks together
+        self.epoch_samples: int | None = None
         self._planned = False
         self._weighted = False
         self._new_cursor(consumed=0, step=0)
@@ -202,7 +206,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
     # --- the DataLoader's side ----------------------------------------------------------------------------------------
 
     @property
-    def num_replicas(self) -> int:  # type: ignore[override]
+    def num_replicas(self) -> int:
         """World size, looked up when it is asked for."""
         return _distributed("get_world_size", 1) if self._num_replicas is None else self._num_replicas
 
@@ -211,7 +215,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self._num_replicas = value
 
     @property
-    def rank(self) -> int:  # type: ignore[override]
+    def rank(self) -> int:
         """This process's rank, looked up when it is asked for."""
         return _distributed("get_rank", 0) if self._rank is None else self._rank
 
@@ -282,7 +286,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
             ValueError: losses of another shape than (B,): a scalar, or one loss a token.
             IndexError: an id outside the data set.
         """
-        losses = self._per_sample(ids, losses)
+        if self.accepts_batch_loss and losses.ndim == 0:
+            losses = losses.expand(ids.numel())
         if not (self.recording and torch.is_grad_enabled()):
             return losses.mean()
         self.ledger.update(ids, losses, step=self.step, scores=scores)
@@ -293,24 +298,6 @@ class PlannedSampler(DistributedSampler[int], ABC):
         if self._weighted:
             return (self.ledger.weights(ids) * losses).mean()
         return losses.mean()
-
-    def _per_sample(self, ids: Tensor, losses: Tensor) -> Tensor:
-        if isinstance(losses, Tensor) and losses.ndim == 1:
-            return losses
-        name = f"{type(self).__name__}.observe"
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"{name}: losses must be a floating-point tensor (B,), not {type(losses).__name__}.")
-        if losses.ndim == 0 and self.accepts_batch_loss and isinstance(ids, Tensor) and ids.ndim == 1:
-            return losses.expand(ids.numel())
-        if losses.ndim == 0:
-            raise ValueError(
-                f"{name}: losses is a scalar, but one loss a sample is needed, (B,). Ask the loss function for it: "
-                f"F.cross_entropy(logits, labels, reduction='none')."
-            )
-        raise ValueError(
-            f"{name}: losses has shape {tuple(losses.shape)}, but one loss a sample is needed, (B,). Take the mean "
-            f"over the other dimensions, e.g. over a sequence's tokens: losses.mean(dim=1)."
-        )
 
     @property
     def consumed(self) -> int:
@@ -360,7 +347,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
             "cursor": torch.from_numpy(self._cursor),
             "end": self._epoch_end(),
             "batch": self._batch,
-            "segments": [_segment_state(segment) for segment in self._segments],
+            "segments": [segment.state() for segment in self._segments],
             "ledger": self.ledger.state_dict(),
         }
 
@@ -383,7 +370,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
                 )
         self.ledger.load_state_dict(state["ledger"])
         self.epoch = state["epoch"]
-        self._segments = tuple(_segment_from(part) for part in state["segments"])
+        self._segments = tuple(Segment.from_state(part) for part in state["segments"])
         consumed, step = state["cursor"].tolist()
         if consumed >= state["end"]:  # the epoch was over: what comes next is a plan of the ledger just loaded
             if state["ledger"]["pending"]:
@@ -403,30 +390,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         """A cursor of its own for each epoch, so that a state taken in an earlier one stays what it was."""
         self._cursor = np.array([consumed, step], dtype=np.int64)
         self._start = consumed
-        self.epoch_samples: int | None = None
-        self._latest: OrderIterator | None = None
-        self._previous_order: Order | None = None
+        self.epoch_samples = self._latest = self._previous_order = None
         self._batch = 0
-
-
-def _segment_state(segment: Segment) -> dict[str, Any]:
-    ids, weights = segment.plan.ids, segment.plan.weights
-    return {
-        "number": segment.number,
-        "start": segment.start,
-        "stop": segment.stop,
-        "ids": [ids.start, ids.stop, ids.step] if isinstance(ids, range) else torch.from_numpy(ids),
-        "weights": None if weights is None else torch.from_numpy(weights),
-    }
-
-
-def _segment_from(state: dict[str, Any]) -> Segment:
-    ids = state["ids"]
-    plan = Plan(
-        ids.numpy() if isinstance(ids, Tensor) else range(*ids),
-        None if state["weights"] is None else state["weights"].numpy(),
-    )
-    return Segment(plan, state["number"], state["start"], state["stop"])
 
 
 def _distributed(question: str, otherwise: int) -> int:

@@ -18,4 +18,5 @@ def derive(seed: int, *key: int | str) -> int:
 
 
 def _sequence(seed: int, key: tuple[int | str, ...]) -> np.random.SeedSequence:
-    return np.random.SeedSequence([seed, *(crc32(part.encode()) if isinstance(part, str) else part for part in key)])
+    words = tuple(crc32(part.encode()) if isinstance(part, str) else part for part in key)
+    return np.random.SeedSequence(seed, spawn_key=words)  # as entropy they could collide: numpy pads it with zeros

@@ -1,7 +1,7 @@
 """Drawing samples by weight, with the loss weights that keep the mean of the losses unbiased.
 
 Shared by every method that draws unevenly. Symbols: N items with weights w_i, k of them drawn, pi_i the probability
-that item i is drawn. Drawing without replacement does NOT include item i with probability k w_i / sum(w), so the weights
+that item i is drawn. Drawing without replacement does NOT include item i with probability k w_i / sum(w): the weights
 1 / (N p_i) of importance sampling are biased there (by about +50 % at k = N/2 on heavy-tailed weights). Use instead:
 
 - `draw_without_replacement`: exponential keys Exp(1)_i / w_i, the k smallest; tau is the (k+1)-th key and
@@ -25,11 +25,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def effective_sample_size(weights: npt.ArrayLike) -> float:
-    """(sum w)^2 / sum(w^2) of weights (k,): k when all are equal, 1 when one has everything, 0 for none.
-
-    >>> effective_sample_size([1.0, 1.0, 0.0, 0.0])
-    2.0
-    """
+    """(sum w)^2 / sum(w^2) of weights (k,): k when all are equal, 1 when one has everything, 0 for none."""
     checked = _weights("effective_sample_size", "weights", weights)
     top = float(checked.max(initial=0.0))
     if top == 0:
@@ -39,7 +35,7 @@ def effective_sample_size(weights: npt.ArrayLike) -> float:
 
 
 def defensive_mixture(scores: npt.ArrayLike, *, mix: float = 0.9) -> Float64Array:
-    """p = mix * score / sum(score) + (1 - mix) / N, which bounds the weights 1 / (N p) by 1 / (1 - mix).
+    """Probabilities mix * score / sum(score) + (1 - mix) / N, which bounds the weights 1 / (N p) by 1 / (1 - mix).
 
     Args:
         scores: (N,), finite and >= 0; uniform probabilities come out when all are 0.
@@ -80,7 +76,7 @@ def subset(size: int, k: int, rng: np.random.Generator) -> IntArray:
     if k == size:
         return np.arange(size, dtype=np.int64)
     keys = rng.integers(0, 1 << 32, size=size, dtype=np.uint32)
-    return _smallest(keys, np.partition(keys, k - 1)[k - 1], k, rng)
+    return _smallest(keys, np.partition(keys, k)[k], k, rng)
 
 
 def draw_without_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Generator) -> tuple[IntArray, Float32Array]:
@@ -106,9 +102,7 @@ def draw_without_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Gene
     checked = _in_range(checked)
     keys = rng.standard_exponential(checked.size)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        np.divide(keys, checked, out=keys)
-    if positive < checked.size:
-        keys[checked == 0] = np.inf
+        np.divide(keys, checked, out=keys)  # inf, or NaN for 0 / 0, where the weight is 0: both sort last
     tau = np.partition(keys, k)[k]
     if tau == np.inf:  # fewer than k + 1 weights are above 1e-300 of the largest
         raise ValueError("draw_without_replacement(weights=...): weights span more than 300 decades; clip the smallest")
@@ -137,12 +131,10 @@ def inclusion_probabilities(weights: npt.ArrayLike, k: int) -> Float64Array:
     if k and pi.max() * k > total:
         ordered = np.sort(pi)
         rest = np.cumsum(ordered)[-k:][::-1]  # rest[m]: sum without the m largest
-        sure = int(np.argmax(ordered[-k:][::-1] * np.arange(k, 0, -1) <= rest))
+        ordered[-k:] *= np.arange(1, k + 1)
+        sure = int(np.argmax(ordered[-k:][::-1] <= rest))
         total = rest[sure]
-    if k:
-        pi *= (k - sure) / total
-    else:
-        pi[:] = 0
+    pi *= (k - sure) / (total or 1)
     return np.minimum(pi, 1, out=pi)
 
 
@@ -165,10 +157,11 @@ def draw_systematic(weights: npt.ArrayLike, k: int, rng: np.random.Generator) ->
     hits = operator.index(k) - sure.size
     line = pi[order]
     np.cumsum(line, out=line)
-    at = np.searchsorted(line, (np.arange(hits) + rng.random()) * (line[-1] / hits), side="right") if hits else sure[:0]
+    at = _marks(line, hits, rng)
     # Rounding can hit an item of pi = 1 - 1e-12 twice or run past the end: the next free item then.
     steps = np.arange(hits)
-    at = np.minimum(np.maximum.accumulate(at - steps) + steps, order.size - hits + steps)
+    at -= steps
+    at = np.minimum(np.maximum.accumulate(at, out=at), order.size - hits) + steps
     ids = np.sort(np.concatenate((sure, order[at])))
     return ids, pi[ids]
 
@@ -181,13 +174,14 @@ def draw_poisson(pi: npt.ArrayLike, rng: np.random.Generator) -> IntArray:
     """
     checked = _weights("draw_poisson", "pi", pi)
     if checked.max(initial=0.0) > 1:
-        raise ValueError(f"draw_poisson(pi=...): pi are probabilities and must be in [0, 1]; the largest is {checked.max()}")
+        raise ValueError(f"draw_poisson(pi=...): pi are probabilities and must be in [0, 1], not {checked.max()}")
     return np.flatnonzero(rng.random(checked.size) < checked)
 
 
 def draw_with_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Generator) -> IntArray:
-    """Draw k items with replacement, item i k w_i / sum(w) times on average: systematic, so that it comes up that
-    number of times rounded up or down (multinomial draws scatter more).
+    """Draw k items with replacement, item i k w_i / sum(w) times on average.
+
+    Systematic: it comes up exactly that number of times, rounded up or down at random (multinomial draws scatter more).
 
     Returns:
         int64 (k,), ascending, with repeats; items of weight 0 are never drawn.
@@ -197,18 +191,24 @@ def draw_with_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Generat
     """
     checked = _weights("draw_with_replacement", "weights", weights)
     k = _count("draw_with_replacement", k)
-    if k == 0:
-        return np.empty(0, dtype=np.int64)
-    if not checked.any():
+    if k and not checked.any():
         raise ValueError("draw_with_replacement(weights=...): at least one weight must be positive; all are 0")
     line = np.cumsum(_in_range(checked), dtype=np.float64)
-    at = np.searchsorted(line, (np.arange(k) + rng.random()) * (line[-1] / k), side="right")
-    last = checked.size - 1 - int(np.argmax(checked[::-1] > 0))
+    at = _marks(line, k, rng)
+    last = checked.size - 1 - int(np.argmax(checked[::-1] > 0)) if k else 0
     return np.minimum(at, last, out=at)
 
 
+def _marks(line: Float64Array, count: int, rng: np.random.Generator) -> IntArray:
+    """Items int64 (count,) that evenly spaced marks with a random start hit on a line of cumulative sums (M,)."""
+    marks = np.arange(count, dtype=np.float64)
+    marks += rng.random()
+    marks *= line[-1] / count if count else 0
+    return np.searchsorted(line, marks, side="right").astype(np.int64, copy=False)
+
+
 def _smallest(keys: npt.NDArray[Any], bound: Any, k: int, rng: np.random.Generator) -> IntArray:
-    """Ids of the k smallest keys, bound being the k-th or the (k+1)-th smallest; ties at the bound by lot."""
+    """Ids of the k smallest keys, bound being the (k+1)-th smallest; ties with the bound by lot."""
     ids = np.flatnonzero(keys < bound)
     if ids.size == k:
         return ids
@@ -219,9 +219,7 @@ def _smallest(keys: npt.NDArray[Any], bound: Any, k: int, rng: np.random.Generat
 def _in_range(weights: Floats) -> Floats:
     """The weights, scaled if sums or quotients of them could leave the range of float64."""
     top = float(weights.max(initial=0.0))
-    if top == 0 or 1e-150 < top < 1e150:
-        return weights
-    return weights.astype(np.float64) / top
+    return weights if top == 0 or 1e-150 < top < 1e150 else weights.astype(np.float64) / top
 
 
 def _weights(function: str, argument: str, values: npt.ArrayLike) -> Floats:
@@ -230,9 +228,8 @@ def _weights(function: str, argument: str, values: npt.ArrayLike) -> Floats:
     if weights.dtype.kind not in "fiub":
         raise TypeError(f"{function}({argument}=...): {argument} must be real numbers, not {weights.dtype}")
     if weights.ndim != 1:
-        raise ValueError(f"{function}({argument}=...): {argument} must have shape (N,), not {weights.shape}; flatten it")
-    if weights.dtype not in (np.float32, np.float64):
-        weights = weights.astype(np.float64)
+        raise ValueError(f"{function}({argument}=...): {argument} must have shape (N,), not {weights.shape}")
+    weights = weights if weights.dtype in (np.float32, np.float64) else weights.astype(np.float64)
     if weights.size and not (weights.min() >= 0 and weights.max() < np.inf):  # min and max are NaN if one value is
         bad = weights.size - int(np.count_nonzero((weights >= 0) & (weights < np.inf)))
         raise ValueError(
@@ -248,6 +245,6 @@ def _count(function: str, k: int, limit: int | None = None, limit_name: str = ""
     except TypeError:
         raise TypeError(f"{function}(k={k!r}): k is the number of items to draw and must be an integer") from None
     if count < 0 or (limit is not None and count > limit):
-        rule = ">= 0" if limit is None else f"in [0, {limit}], {limit} being {limit_name}"
-        raise ValueError(f"{function}(k={count}): k is the number of items to draw and must be {rule}; draw fewer")
+        rule = "be >= 0" if limit is None else f"lie between 0 and {limit_name}, {limit}"
+        raise ValueError(f"{function}(k={count}): k is the number of items to draw and must {rule}")
     return count

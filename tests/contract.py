@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
+
 from samplewise.loaders import PlannedSampler
 from samplewise.loaders.testing import check_sampler
 

@@ -4,6 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
+
 from samplewise.cuda_ext import Ledger, ops
 from support import run_ranks
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+
 from samplewise.cuda_ext import Ledger, ops
 from samplewise.loaders.seeding import derive
-from scipy import stats
 
 LARGE = [65_537, 100_003, 2**20, 1_000_003]
 

@@ -3,9 +3,10 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
 from samplewise.loaders import SAMPLE_ID, collate_with_ids, ids_of, with_ids
 from support import Everything
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 
 class Dicts(Dataset):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from samplewise.cuda_ext import Ledger
 from samplewise.loaders import Plan
 from samplewise.loaders.plan import write_weights

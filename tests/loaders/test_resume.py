@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
 from samplewise.loaders import with_ids
 from samplewise.loaders.testing import train_epoch
 from support import Everything, HardHalf, Lengths, loss_of, run_ranks
-from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 SIZE, BATCH, EPOCHS = 60, 8, 3
 
@@ -234,7 +235,7 @@ def test_the_iterators_state_is_small_and_jsonable():
     other.load_state_dict(state)
     assert taken + list(other) == list(sampler)
     sampler.set_epoch(1)
-    with pytest.raises(ValueError, match="sampler.load_state_dict"):
+    with pytest.raises(ValueError, match=r"sampler\.load_state_dict"):
         iter(sampler).load_state_dict(state)
 
 

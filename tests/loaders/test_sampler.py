@@ -7,11 +7,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
 from samplewise.cuda_ext import Ledger
 from samplewise.loaders import Plan, PlannedSampler, with_ids
 from samplewise.loaders.testing import check_sampler, train_epoch
 from support import Everything, HardHalf, Lengths, loss_of
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 COMMON = [{}, {"seed": 3}, {"epoch_length": 33}, {"epoch_length": 250}, {"drop_last": True}, {"shuffle": False}]
 
@@ -380,7 +381,7 @@ def test_bad_construction(arguments, error, message):
         (torch.tensor([0, 1]), torch.tensor(1.0), ValueError, r"reduction='none'"),
         (torch.tensor([0, 1]), torch.ones(2, 5), ValueError, r"losses.mean\(dim=1\)"),
         (torch.tensor([0, 1]), torch.ones(3), ValueError, "one value an id"),
-        (torch.tensor([0, 1]), 1.0, TypeError, "floating-point tensor"),
+        (torch.tensor([0, 1]), np.ones(2), TypeError, "floating-point tensor"),
         (torch.tensor([0, 1]), torch.ones(2, dtype=torch.long), TypeError, "floating-point"),
         (torch.tensor([0.0, 1.0]), torch.ones(2), TypeError, "integer"),
         (torch.tensor([0, 4]), torch.ones(2), IndexError, r"\[0, 4\)"),

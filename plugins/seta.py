@@ -1,0 +1,203 @@
+"""SeTa: a random share of the data, then a window over groups of equal difficulty that slides from easy to hard.
+
+Zhou et al., "Scale Efficient Training for Large Datasets", CVPR 2025. With N samples, prune ratio r, k groups, window
+alpha, E epochs and anneal_from delta, plan n = 0, 1, 2, ...:
+
+    1. a uniform subset of int((1 - r) N) samples;
+    2. its latest losses clustered in one dimension into k groups, easy to hard;
+    3. n = 0: all groups; else groups s ... s + w - 1 with w = round(k alpha) and s = n mod (k - w + 1);
+    4. weights 1.
+    From epoch delta E on: a fresh uniform subset of int((1 - r) N), no window.
+
+What differs from the public code, or is left open there: clustering is exact and in numpy (`clustering`) in place of
+KMeans and Python loops; unseen samples of the subset are always kept; with fewer distinct losses than groups, k is the
+number of distinct losses, so that no window is empty; with one, the groups are k consecutive chunks of the subset.
+`rounding="paper"` takes w = ceil(k alpha). Samples that no window reaches keep old losses: `revisit_every` plans them.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Unpack
+
+from samplewise.cuda_ext import ops
+from samplewise.loaders import Plan, PlannedSampler
+from samplewise.loaders.sampler import SamplerOptions
+from samplewise.loaders.seeding import derive
+from samplewise.plugins import clustering, weights
+
+IntArray = npt.NDArray[np.int64]
+Rounding = Literal["code", "paper"]
+_PIECE = 1 << 16  # ids hashed at once: what stays in the cache
+
+
+def window_start_and_width(n: int, groups: int, window: float, rounding: Rounding = "code") -> tuple[int, int]:
+    """First group and number of groups of plan n's window, n >= 1.
+
+    Args:
+        n: number of the plan.
+        groups: k.
+        window: alpha, in (0, 1].
+        rounding: "code" is Python's round (halves to even: 4.5 -> 4), "paper" is ceil; the width is 1 at least.
+
+    >>> [window_start_and_width(n, 5, 0.5) for n in range(1, 6)]
+    [(1, 2), (2, 2), (3, 2), (0, 2), (1, 2)]
+    """
+    exact = round(groups * window, 9)  # 100 * 0.07 is 7.000000000000001, whose ceil is not 7
+    width = min(max(1, ceil(exact) if rounding == "paper" else round(exact)), groups)
+    return n % (groups - width + 1), width
+
+
+def subset_size(size: int, prune: float) -> int:
+    """int((1 - prune) * size), at least 1."""
+    return max(1, int((1 - prune) * size))
+
+
+def seta_select(
+    losses: npt.NDArray[np.float32],
+    n: int,
+    rng: np.random.Generator,
+    *,
+    prune: float = 0.1,
+    groups: int = 10,
+    window: float = 0.9,
+    rounding: Rounding = "code",
+) -> IntArray:
+    """Select the samples of plan n: subset, clustering, window.
+
+    Args:
+        losses: float32 (N,), NaN where unseen.
+        n: number of the plan; 0 selects the whole subset.
+        rng: the generator.
+        prune: r, share dropped before clustering.
+        groups: k.
+        window: alpha, share of the groups in the window.
+        rounding: see `window_start_and_width`.
+
+    Returns:
+        int64 (m,), ascending, m >= 1.
+    """
+    ids = weights.subset(len(losses), subset_size(len(losses), prune), rng)
+    if n == 0:
+        return ids
+    values = np.asarray(losses, dtype=np.float32)[ids]
+    unseen = np.isnan(values)
+    any_unseen = bool(unseen.any())
+    seen_values = values[~unseen] if any_unseen else values
+    if seen_values.size == 0:
+        return ids
+    cuts = clustering.kmeans_thresholds(seen_values, groups)
+    if cuts.size == 0:
+        return ids[unseen | _chunk_window(unseen, n, groups, window, rounding)]
+    start, width = window_start_and_width(n, cuts.size + 1, window, rounding)
+    outside = np.zeros(values.size, dtype=np.bool_)  # comparisons with NaN are False: unseen samples stay inside
+    if start > 0:
+        outside |= values < cuts[start - 1]
+    if start + width <= cuts.size:
+        outside |= values >= cuts[start + width - 1]
+    return ids[~outside]
+
+
+def _chunk_window(
+    unseen: npt.NDArray[np.bool_], n: int, groups: int, window: float, rounding: Rounding
+) -> npt.NDArray[np.bool_]:
+    """The window over consecutive chunks of the seen samples: bool (M,); one chunk a sample if they are fewer."""
+    place = np.cumsum(~unseen) - 1
+    count = int(place[-1]) + 1
+    chunks = min(groups, count)
+    start, width = window_start_and_width(n, chunks, window, rounding)
+    first, stop = start * count // chunks, (start + width) * count // chunks
+    return ~unseen & (place >= first) & (place < stop)
+
+
+def has_turn(size: int, n: int, every: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Whose turn it is in plan n, bool (size,): a keyed share, each id in exactly one of `every` plans in a row."""
+    key, turn = derive(seed, "seta", "turn"), np.uint64(n % every)
+    mine = np.empty(size, dtype=np.bool_)
+    for start in range(0, size, _PIECE):
+        piece = np.arange(start, min(start + _PIECE, size), dtype=np.uint64)
+        mine[start : start + _PIECE] = ops.hash64(piece, key) % np.uint64(every) == turn
+    return mine
+
+
+class SeTa(PlannedSampler):
+    """Curriculum pruning: random subset, clusters of loss, sliding window.
+
+    Args:
+        size: N, the number of samples.
+        epochs: E, the epochs of the whole training, >= 1.
+        prune: r, share of the samples dropped before clustering, in [0, 1).
+        groups: k, number of groups of difficulty, >= 1.
+        window: alpha, share of the groups trained on, in (0, 1].
+        anneal_from: delta, share of the epochs after which the window is given up, in [0, 1].
+        rounding: of the window's width, "code" (round) or "paper" (ceil).
+        revisit_every: m, so that no sample goes more than m plans without being planned: each plan adds the keyed 1/m
+            of the ids whose turn it is. None never forces one back.
+        **common: the options of every sampler, see :class:`samplewise.loaders.PlannedSampler`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        epochs: int,
+        prune: float = 0.1,
+        groups: int = 10,
+        window: float = 0.9,
+        anneal_from: float = 0.875,
+        rounding: Rounding = "code",
+        revisit_every: int | None = None,
+        **common: Unpack[SamplerOptions],
+    ):
+        forced_back = revisit_every is None or _is_count(revisit_every)
+        rules = (
+            ("epochs", epochs, epochs >= 1, "is the length of the whole training and must be >= 1"),
+            ("prune", prune, 0 <= prune < 1, "is the share of samples dropped before clustering and must be in [0, 1)"),
+            ("groups", groups, _is_count(groups, clustering.BINS), f"must be an integer in [1, {clustering.BINS}]"),
+            ("window", window, 0 < window <= 1, "is the share of the groups trained on and must be in (0, 1]"),
+            ("anneal_from", anneal_from, 0 <= anneal_from <= 1, "is a share of the epochs and must be in [0, 1]"),
+            ("rounding", rounding, rounding in ("code", "paper"), "must be 'code' (round) or 'paper' (ceil)"),
+            ("revisit_every", revisit_every, forced_back, "must be a number of plans, an integer >= 1"),
+        )
+        for name, value, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"SeTa({name}={value!r}): {name} {rule}")
+        super().__init__(size, **common)
+        self.epochs = epochs
+        self.prune = prune
+        self.groups = groups
+        self.window = window
+        self.anneal_from = anneal_from
+        self.rounding: Rounding = rounding
+        self.revisit_every = revisit_every
+
+    def plan(self, epoch: int, rng: np.random.Generator) -> Plan:
+        """Plan number `epoch`: window over the groups, or the uniform subset from delta E on."""
+        if self.epoch >= round(self.anneal_from * self.epochs, 9):
+            ids = weights.subset(self.size, subset_size(self.size, self.prune), rng)
+        else:
+            ids = seta_select(
+                self.ledger.column("loss_last").cpu().numpy(),
+                epoch,
+                rng,
+                prune=self.prune,
+                groups=self.groups,
+                window=self.window,
+                rounding=self.rounding,
+            )
+        if self.revisit_every is not None:
+            planned = has_turn(self.size, epoch, self.revisit_every, self.seed)
+            planned[ids] = True
+            ids = np.flatnonzero(planned)
+        return Plan(ids)
+
+
+def _is_count(value: object, most: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
