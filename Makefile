@@ -52,11 +52,11 @@ clean:  ## remove what was built (not $(VENV), not results)
 
 # $(VENV).partial lies beside an environment that is being made: one that an interruption left half-made starts afresh.
 $(STAMP): pyproject.toml constraints.txt $(shell test -x $(BIN)/python || echo FORCE)
-	@command -v "$(PYTHON)" >/dev/null || { echo "samplewise: no '$(PYTHON)' on the path: install Python 3.10 or newer, or run: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' on the path: install Python 3.10 or newer, or run: make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "samplewise: samplewise needs Python 3.10 or newer and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1): run make PYTHON=python3.12, for example" >&2; exit 1; }
+	  { echo "error: samplewise needs Python 3.10 or newer and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1): run make PYTHON=python3.12, for example" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
-	  { echo "samplewise: '$(PYTHON)' cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	  { echo "error: '$(PYTHON)' cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@rm -f $@
 	@if [ -e $(VENV).partial ] || [ ! -x $(BIN)/python ]; then \
 	  touch $(VENV).partial && "$(PYTHON)" -m venv --clear $(VENV); fi

@@ -66,7 +66,7 @@ def read_options(cls: type[T], argv: Sequence[str]) -> T:
     values: dict[str, object] = {}
     for item in given:
         if item.key not in hints:
-            errors.append(f"{_shown(item)}: no such option{_nearest(item.key, hints)}")
+            errors.append(f"{_shown(item)}: no such option{_nearest(item, hints)}")
             continue
         try:
             hint = hints[item.key]
@@ -113,10 +113,11 @@ def convert(hint: Any, value: object) -> object:
         raise ValueError(f"needs a value: {describe(hint)}")
     if isinstance(value, str) and _is_list(hint) and not value.lstrip().startswith("["):
         value = [part.strip() for part in value.split(",") if part.strip()]
+    shown = repr(value)  # the parser converts lists in place
     try:
         return _parser(hint).parse_object({"value": value}, defaults=False).value
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{value!r} is not {describe(hint)}") from error
+        raise ValueError(f"{shown} is not {describe(hint)}") from error
 
 
 def describe(hint: Any) -> str:
@@ -235,6 +236,6 @@ def _shown(item: Given) -> str:
     return f"--{item.key}" if item.where == COMMAND_LINE else f"{item.key} (in {item.where})"
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    near = get_close_matches(key, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _nearest(item: Given, known: Iterable[str]) -> str:
+    near = get_close_matches(item.key, list(known), n=1)
+    return f"; did you mean {_shown(Given(near[0], None, item.where)).split()[0]}?" if near else ""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from samplewise.loaders import Plan, PlannedSampler
 
 
@@ -46,6 +47,15 @@ class Lengths(PlannedSampler):
 
     def plan(self, epoch, rng):
         return Plan(np.arange(self.lengths[epoch % len(self.lengths)]))
+
+
+class Returns(PlannedSampler):
+    def __init__(self, size, plan, **common):
+        super().__init__(size, **common)
+        self.returned = plan
+
+    def plan(self, epoch, rng):
+        return self.returned
 
 
 def loss_of(ids: torch.Tensor, step: int = 0) -> torch.Tensor:

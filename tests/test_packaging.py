@@ -1,0 +1,163 @@
+"""What a user gets from pip: the wheel, installed in a folder of its own and used from another one."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("cuda_ext", "loaders", "plugins", "callbacks", "recipes")
+FILES = {f"samplewise/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).glob("*.py")}
+MODULES = sorted(name.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".") for name in FILES)
+DROPPED = (".*", "build", "dist", "*.egg-info", "__pycache__", "runs", "*.so", "*.o")
+
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        print(name, importlib.import_module(name).__file__, sep="|")
+    except ImportError as error:
+        print(name, f"ImportError {error}", sep="|")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with the source archive, and the wheel that was built from that archive."""
+    folder = tmp_path_factory.mktemp("built")
+    tree = shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*DROPPED))
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder into which the wheel was installed, alone."""
+    folder = tmp_path_factory.mktemp("installed")
+    call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A folder of links to what `pip install samplewise` brings and to nothing else: no extra can be imported."""
+    folder = tmp_path_factory.mktemp("core")
+    todo, seen = ["torch", "numpy", "typing-extensions"], set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(distribution.locate_file(top)).resolve())
+        wanted = [Requirement(line) for line in distribution.requires or []]
+        todo += [item.name for item in wanted if item.marker is None or item.marker.evaluate({"extra": ""})]
+    return folder
+
+
+def call(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python(folders, cwd, *arguments, status=0):
+    """Run Python on `folders` alone: without -S, this environment's editable install would be found too."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "COLUMNS": "200"}
+    command = [sys.executable, "-S", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+    assert done.returncode == status, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def site_packages():
+    """Where torch and the extras are, usually one folder."""
+    return list(
+        dict.fromkeys([Path(importlib.metadata.distribution(name).locate_file("")) for name in ("torch", "pip")])
+    )
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    information = {name for name in names if ".dist-info/" in name}
+    assert names - information == FILES | {f"samplewise/{part}/py.typed" for part in PARTS}
+    assert {name.partition("/")[2] for name in information} == {
+        *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
+    }
+
+
+def test_source_archive_holds_what_is_needed_to_test_it(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tests = {str(test.relative_to(ROOT)) for test in (ROOT / "tests").rglob("*.py")}
+    assert names >= tests | {"pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "README.md"}
+    assert names >= {name.removeprefix("samplewise/") for name in FILES}
+
+
+def test_metadata(installed):
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    assert distribution.metadata["License-Expression"] == "Apache-2.0"
+    assert distribution.metadata["Requires-Python"] == ">=3.10"
+    always = {Requirement(line).name for line in distribution.requires if "extra ==" not in line}
+    assert always == {"torch", "numpy", "typing-extensions"}
+
+
+def test_every_module_imports_from_another_folder(installed, tmp_path):
+    output = python([installed, *site_packages()], tmp_path, "-c", IMPORT_ALL, *MODULES)
+    for line in output.splitlines():
+        name, _, result = line.partition("|")
+        assert Path(result).is_relative_to(installed), f"{name}: {result}"
+    assert len(output.splitlines()) == len(MODULES)
+
+
+def test_without_extras_the_core_works_and_the_rest_names_the_extra(installed, core, tmp_path):
+    output = python([installed, core], tmp_path, "-c", IMPORT_ALL, *MODULES)
+    results = dict(line.split("|", 1) for line in output.splitlines())
+    assert sorted(results) == MODULES
+    for name, result in results.items():
+        if name.split(".")[1] in ("cuda_ext", "loaders", "plugins") or name.endswith((".cli", ".doctor")):
+            assert Path(result).is_relative_to(installed), f"{name}: {result}"
+        elif name.split(".")[1] == "callbacks":
+            assert "ImportError" not in result or "samplewise[" in result, f"{name}: {result}"
+        else:  # `samplewise run` adds the line that installs what is missing, see below
+            assert "ImportError No module named 'samplewise" not in result, f"{name}: {result}"
+
+
+def test_command_line_without_extras(installed, core, tmp_path):
+    script = installed / "bin" / "samplewise"
+    plugins = python([installed, core], tmp_path, "-m", "samplewise.recipes.cli", "plugins")
+    assert "cannot be used" not in plugins
+    assert plugins.count(f"samplewise {importlib.metadata.version('samplewise')}") == len(
+        importlib.metadata.entry_points(group="samplewise.plugins")
+    )
+    doctor = python([installed, core], tmp_path, script, "doctor")
+    assert "missing lightning: pip install 'samplewise[lightning]'" in doctor
+    assert "missing matplotlib: pip install 'samplewise[report]'" in doctor
+    assert "lightning, matplotlib, rich, jsonargparse" in doctor
+    run = python([installed, core], tmp_path, script, "run", "prune", status=1)
+    assert "pip install 'samplewise[recipes]'" in run
+    assert "Traceback" not in run
+
+
+def test_command_line_with_extras(installed, tmp_path):
+    script = installed / "bin" / "samplewise"
+    folders = [installed, *site_packages()]
+    assert "usage: samplewise run prune" in python(folders, tmp_path, script, "run", "prune", "--help")
+    assert "mistake" in python(folders, tmp_path, script, "run", "prune", "--nonsense", "1", status=2)

@@ -1,0 +1,49 @@
+"""The README's code runs as it stands, given a data set, a model and an optimizer."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Lightning writes its logs there
+    torch.manual_seed(0)
+    x = torch.randn(200, 4)
+    model = torch.nn.Linear(4, 2)
+    return {
+        "torch": torch,
+        "F": F,
+        "train_set": TensorDataset(x, (x[:, 0] > 0).long()),
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "__name__": "readme",
+    }
+
+
+def test_there_are_the_three_examples():
+    assert len(BLOCKS) == 3
+
+
+def test_plain_loop_and_lightning(names):
+    exec(BLOCKS[0], names)
+    plain = names["sampler"]
+    assert plain.ledger.seen.all()
+    assert plain.epoch == 2
+    assert int(plain.ledger.column("count").sum()) < 3 * 200
+    exec(BLOCKS[1], names)
+    assert names["sampler"].ledger.seen.all()
+    assert names["trainer"].current_epoch == 3
+
+
+def test_a_method_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_method.py").write_text(BLOCKS[2])  # a module: the contract pickles the sampler
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(importlib.import_module("my_method").HardestHalf(10)) == 5
