@@ -1,0 +1,75 @@
+"""DDP with real gloo processes that Lightning starts, two and, where nothing divides evenly, three of them."""
+
+from collections import Counter
+
+import pytest
+import torch
+from lightning_support import run_job
+
+from samplewise.cuda_ext import Ledger, ops
+
+SIZE = 29
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["two ranks", "three ranks"])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    output = run_job("ddp", folder, world=request.param)
+    assert "sync_dist" not in output  # Lightning's advice to metrics that differ between ranks
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def test_the_union_over_ranks_is_the_plan(ranks):
+    lengths = set()
+    for epoch, plan in ranks[0]["plans"].items():
+        assert all(rank["plans"][epoch] == plan for rank in ranks)
+        shares = [[i for batch in rank["batches"][epoch] for i in batch] for rank in ranks]
+        assert len({len(share) for share in shares}) == 1
+        served = Counter(i for share in shares for i in share)
+        assert set(served) == set(plan)
+        assert sum(served.values()) - len(plan) < len(ranks)  # filled up to a multiple of the ranks
+        lengths.add(len(plan))
+    assert len(lengths) > 1
+    assert len(ranks[0]["plans"]) == 3
+
+
+def test_all_ranks_hold_the_ledger_of_one_process(ranks):
+    alone = Ledger(SIZE)
+    for batch in zip(*(rank["pairs"] for rank in ranks), strict=True):
+        for step, ids, losses in batch:
+            alone.update(ids, losses, step=step)
+    expected = columns(alone.records)
+    for rank in ranks:
+        records = torch.frombuffer(bytearray(rank["whole"]["ledger"]), dtype=torch.float32).view(SIZE, -1)
+        assert columns(records) == expected
+
+
+def columns(records) -> bytes:
+    """All but the weights, which are the plan's."""
+    records = records.clone()
+    records[:, ops.WEIGHT] = 0
+    return records.numpy().tobytes()
+
+
+def test_all_ranks_would_save_the_same(ranks):
+    assert len(ranks[0]["saved"]) == len(ranks[0]["whole"]["ids"])
+    assert all(rank["saved"] == ranks[0]["saved"] for rank in ranks)
+    assert len({rank["whole"]["weight"] for rank in ranks}) == 1
+
+
+def test_resume_is_exact_on_every_rank(ranks):
+    for rank in ranks:
+        whole = rank["whole"]
+        steps = len(whole["ids"])
+        assert len(rank["resumed"]) >= steps // (len(ranks) - 1)
+        for name, resumed in rank["resumed"].items():
+            step = int(name.split("-")[1].removesuffix(".ckpt"))
+            assert resumed["ids"] == whole["ids"][step:], name
+            assert resumed["weight"] == whole["weight"], name
+            if step < steps:
+                assert (resumed["ledger"], resumed["position"]) == (whole["ledger"], whole["position"]), name
+
+
+def test_a_batch_sampler_that_lightning_rebuilds_is_refused(ranks):
+    """T5. On one rank the same loader would be fine."""
+    assert all("has a batch_sampler of its own, OwnBatches" in rank["error"] for rank in ranks)

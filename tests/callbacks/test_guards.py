@@ -1,0 +1,128 @@
+"""T5, T6, T12: what would train on other samples than the plan is refused, at once, with the setting to change."""
+
+import sys
+
+import pytest
+from lightning.pytorch import LightningDataModule
+from lightning_support import BATCH, QUIET, Model, Rows, fit, loader, trainer, validation
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from samplewise import callbacks
+from samplewise.callbacks import SamplingCallback
+from samplewise.callbacks import lightning as module
+from samplewise.loaders import with_ids
+from support import Everything
+
+pytestmark = QUIET
+SIZE = 6 * BATCH
+
+
+class OwnBatches(BatchSampler):
+    """Some batch sampler of the user's."""
+
+
+def of(**settings):
+    return lambda sampler: DataLoader(with_ids(Rows(SIZE)), **settings)
+
+
+def own_batches(sampler):
+    return DataLoader(with_ids(Rows(SIZE)), batch_sampler=OwnBatches(SequentialSampler(range(SIZE)), BATCH, False))
+
+
+def same_sampler_twice(sampler):
+    return {"one": loader(sampler), "two": loader(sampler)}
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "message"),
+    [
+        (
+            of(batch_size=BATCH, shuffle=True),
+            RuntimeError,
+            "it has a RandomSampler.*sampler=sampler.*instead of shuffle",
+        ),
+        (of(batch_size=BATCH), RuntimeError, "it has SequentialSampler. Pass DataLoader"),
+        (lambda _: loader(Everything(SIZE)), RuntimeError, "another Everything object. Make the sampler once"),
+        (own_batches, RuntimeError, "a batch_sampler of its own, OwnBatches"),
+        (same_sampler_twice, RuntimeError, "2 training loaders have the same sampler"),
+        (lambda sampler: DataLoader(with_ids(Rows(SIZE + 1)), sampler=sampler), ValueError, "24 samples.*has 25"),
+        (lambda sampler: DataLoader(with_ids(Rows(SIZE - 1)), sampler=sampler), ValueError, "24 samples.*has 23"),
+        (lambda _: [[0, 1], [2, 3]], RuntimeError, "it has list"),
+    ],
+    ids=["shuffle", "no sampler", "another one", "batch sampler", "two loaders", "longer", "shorter", "no DataLoader"],
+)
+def test_training_loader(train, error, message):
+    sampler = Everything(SIZE)
+    model = Model(sampler)
+    with pytest.raises(error, match=message):
+        trainer(sampler, max_epochs=1).fit(model, train(sampler))
+    assert not model.batches
+
+
+def test_overfit_batches():
+    with pytest.raises(RuntimeError, match=r"overfit_batches=3\).*limit_train_batches=3"):
+        fit(Everything(SIZE), max_epochs=1, overfit_batches=3)
+
+
+def test_fast_dev_run():
+    model = fit(Everything(SIZE), fast_dev_run=2, val=validation())
+    assert (model.served(), model.count("val")) == ([2], [1])
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_validation_loader_with_the_training_sampler(sanity):
+    sampler = Everything(SIZE)
+    with pytest.raises(RuntimeError, match="a validation loader has the training sampler"):
+        fit(sampler, max_epochs=1, val=loader(sampler), num_sanity_val_steps=sanity)
+
+
+def test_a_reloaded_loader_with_a_new_sampler():
+    class Data(LightningDataModule):
+        fresh = False
+
+        def train_dataloader(self):
+            mine, self.fresh = (Everything(SIZE) if self.fresh else sampler), True
+            return loader(mine)
+
+    sampler = Everything(SIZE)
+    with pytest.raises(RuntimeError, match=r"Make the sampler once, outside train_dataloader\(\)"):
+        fit(sampler, train=Data(), max_epochs=2, reload_dataloaders_every_n_epochs=1)
+
+
+def test_two_callbacks():
+    sampler = Everything(SIZE)
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SamplingCallback`"):
+        trainer(sampler, SamplingCallback(sampler))  # Lightning's own check
+
+    class Mine(SamplingCallback):
+        """Its key among the callbacks' states differs."""
+
+    with pytest.raises(RuntimeError, match="two of them have the same sampler"):
+        fit(sampler, Mine(sampler), max_epochs=1)
+
+
+def test_ranks_that_are_not_the_trainers():
+    with pytest.raises(RuntimeError, match=r"the sampler serves rank 1 of 2.*rank 0 of 1"):
+        fit(Everything(SIZE, num_replicas=2, rank=1), max_epochs=1)
+
+
+@pytest.mark.parametrize("wrong", [None, RandomSampler(range(3)), range(3)])
+def test_no_planned_sampler(wrong):
+    with pytest.raises(TypeError, match=r"SamplingCallback\(sampler=\w+\): a PlannedSampler is needed"):
+        SamplingCallback(wrong)
+
+
+def test_a_lightning_without_a_field_that_is_used(monkeypatch):
+    monkeypatch.setitem(module._PRIVATE, "fit_loop.limits_of_tomorrow", "none yet")
+    with pytest.raises(RuntimeError, match=r"has no trainer\.fit_loop\.limits_of_tomorrow.*pip install"):
+        fit(Everything(SIZE), max_epochs=1)
+
+
+@pytest.mark.parametrize(("name", "part"), [("SamplingCallback", "lightning"), ("SamplingReport", "report")])
+def test_a_missing_extra_is_named(monkeypatch, name, part):
+    monkeypatch.delitem(sys.modules, f"samplewise.callbacks.{part}", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ImportError, match=rf"{name} needs lightning.*pip install 'samplewise\[lightning"):
+        getattr(callbacks, name)
+    assert callbacks.BudgetSchedule
