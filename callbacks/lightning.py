@@ -60,7 +60,7 @@ class SamplingCallback(Callback):
 
     Example::
 
-        sampler = InfoBatch(len(train_set), epochs=30)
+        sampler = MyMethod(len(train_set))  # any of samplewise.plugins
         loader = DataLoader(with_ids(train_set), batch_size=128, sampler=sampler)
         Trainer(max_epochs=30, callbacks=[SamplingCallback(sampler)]).fit(model, loader)
     """

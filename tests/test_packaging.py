@@ -134,10 +134,17 @@ def test_without_extras_the_core_works_and_the_rest_names_the_extra(installed, c
     for name, result in results.items():
         if name.split(".")[1] in ("cuda_ext", "loaders", "plugins") or name.endswith((".cli", ".doctor")):
             assert Path(result).is_relative_to(installed), f"{name}: {result}"
-        elif name.split(".")[1] == "callbacks":
-            assert "ImportError" not in result or "samplewise[" in result, f"{name}: {result}"
-        else:  # `samplewise run` adds the line that installs what is missing, see below
+        else:  # what people import or run names the extra, see below
             assert "ImportError No module named 'samplewise" not in result, f"{name}: {result}"
+
+
+@pytest.mark.parametrize(("name", "extra"), [("SamplingCallback", "lightning"), ("SamplingReport", "lightning,report")])
+def test_a_missing_extra_is_named(installed, core, tmp_path, name, extra):
+    code = (
+        f"from samplewise.callbacks import BudgetSchedule\n"
+        f"try:\n    from samplewise.callbacks import {name}\nexcept ImportError as error:\n    print(error)"
+    )
+    assert f"pip install 'samplewise[{extra}]'" in python([installed, core], tmp_path, "-c", code)
 
 
 def test_command_line_without_extras(installed, core, tmp_path):
