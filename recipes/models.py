@@ -15,6 +15,8 @@ class Images(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor, body: nn.Module):
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", mean.view(1, -1, 1, 1))
         self.register_buffer("std", std.view(1, -1, 1, 1))
         self.body = body
@@ -30,6 +32,8 @@ class Table(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor, codes: Sequence[int], classes: int, hidden: int = 128):
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.embed = nn.ModuleList(nn.Embedding(count, min(16, (count + 1) // 2)) for count in codes)
@@ -69,14 +73,14 @@ def _mlp(size: int, classes: int) -> nn.Module:
 
 
 def _cnn(channels: int, classes: int) -> nn.Module:
-    """Two convolutions that halve the image each, two linear layers: 40,000 28x28 images a second on 2 CPU cores."""
+    """Two convolutions that halve the image each, two linear layers: 20,000 28x28 images a second on one CPU core."""
     return nn.Sequential(
         nn.Conv2d(channels, 16, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.LazyLinear(128),
+        nn.LazyLinear(64),
         nn.ReLU(),
-        nn.Linear(128, classes),
+        nn.Linear(64, classes),
     )
