@@ -10,9 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samplewise.cuda_ext import ops
+from samplewise.cuda_ext.checks import integer, share
 
 VERSION = 1
 MAX_SIZE = 1 << 31
+_SYNC_CHUNK = 1 << 20  # entries applied at a time
+_Entry = tuple[Tensor, Tensor, Tensor | None, int]  # ids, losses, scores, step of one batch
 _COLUMNS = {
     "loss_last": ops.LOSS_LAST,
     "loss_ema": ops.LOSS_EMA,
@@ -37,21 +40,33 @@ class Ledger:
         ema: decay of ``loss_ema``, in [0, 1): ``ema <- ema * old + (1 - ema) * loss``, started at the first loss.
         device: where the records live.
         fingerprint: any text that identifies the data set; a state saved with another one is refused.
+        distributed: False where each process keeps a ledger of its own, though there is a process group.
+
+    A ledger is made for one thread: the one that trains.
 
     Attributes:
         records: float32 (N, 8), the records; columns in the order of :meth:`column`'s names.
     """
 
-    def __init__(self, size: int, *, ema: float = 0.9, device: str | torch.device = "cpu", fingerprint: str = ""):
-        self.size = _check_size("Ledger", size)
-        if not 0 <= ema < 1:
-            raise ValueError(f"Ledger(ema={ema}): ema is the decay of the moving average and must be in [0, 1).")
-        self.ema = float(ema)
+    def __init__(
+        self,
+        size: int,
+        *,
+        ema: float = 0.9,
+        device: str | torch.device = "cpu",
+        fingerprint: str = "",
+        distributed: bool = True,
+    ):
+        self.size = check_size("Ledger", size)
+        self.ema = share("Ledger", "ema", ema, ends="[)", what="the decay of the moving average")
+        if not isinstance(fingerprint, str):
+            raise TypeError(f"Ledger(fingerprint={fingerprint!r}): fingerprint must be a str.")
         self.device = torch.device(device)
         self.fingerprint = fingerprint
+        self.distributed = distributed
         self.records = _zeros(self.size, self.device)
         self._rejected = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._pending: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
+        self._pending: list[_Entry] = []
 
     def update(self, ids: Tensor, losses: Tensor, *, step: int, scores: Tensor | None = None) -> None:
         """Record one loss per entry; a sample that stands several times is updated that often, in batch order.
@@ -75,13 +90,16 @@ class Ledger:
         losses = _vector("losses", losses, ids)
         if scores is not None:
             scores = _vector("scores", scores, ids)
-        if _world_size() > 1:
+        if self._shared():
             if ids.device.type == "cpu":
                 ops.check_ids(ids.numpy(), self.size)
             own = (ids.clone(), losses.clone(), None if scores is None else scores.clone(), int(step))
             self._pending.append(own)
         else:
             self._apply(ids, losses, scores, int(step))
+
+    def _shared(self) -> bool:
+        return self.distributed and world_size() > 1
 
     def _apply(self, ids: Tensor, losses: Tensor, scores: Tensor | None, step: int) -> None:
         losses = losses.to(self.device)
@@ -104,7 +122,8 @@ class Ledger:
 
         ``loss_last``, ``loss_ema``, ``loss_mean``, ``loss_m2`` (Welford's sum of squared deviations) and ``score``:
         float32, NaN where nothing was recorded. ``count``: int32, 0 where unseen. ``last_step``: int32, -1 where
-        unseen. ``weight``: float32, of the current plan, 0 where it has none.
+        unseen. ``weight``: float32, of the current plan: 0 where it has no weights, NaN where it has but not for this
+        sample.
         """
         if name not in _COLUMNS:
             raise KeyError(f"Ledger.column({name!r}): no such column; there are {', '.join(_COLUMNS)}.")
@@ -128,17 +147,22 @@ class Ledger:
         return int(self._rejected)
 
     def set_weights(self, ids: Tensor, weights: Tensor) -> None:
-        """Write the current plan's weights: ``weights`` float32 (k,) at the unique ``ids`` int64 (k,), else 0."""
-        self.records[:, ops.WEIGHT] = 0
+        """Write the current plan's weights: ``weights`` float32 (k,) at the unique ``ids`` int64 (k,), else NaN."""
+        self.records[:, ops.WEIGHT] = torch.nan
         self.records[ids.to(self.device), ops.WEIGHT] = weights.to(self.device, torch.float32)
 
+    def clear_weights(self) -> None:
+        """Say that the current plan has no weights."""
+        self.records[:, ops.WEIGHT] = 0
+
     def weights(self, ids: Tensor) -> Tensor:
-        """The current plan's weights of ``ids`` (B,): float32 (B,), on the device of ``ids``."""
-        return self.records[ids.to(self.device, torch.int64), ops.WEIGHT].to(ids.device)
+        """The current plan's weights of ``ids`` (B,), 1 for ids that are not in it: float32 (B,), where ``ids`` is."""
+        return self.records[ids.to(self.device, torch.int64), ops.WEIGHT].nan_to_num(nan=1.0).to(ids.device)
 
     def grow(self, size: int) -> None:
         """Make room for more samples; the new ones are unseen."""
-        if _check_size("Ledger.grow", size) < self.size:
+        size = check_size("Ledger.grow", size)
+        if size < self.size:
             raise ValueError(f"Ledger.grow(size={size}): the ledger has {self.size} records and never shrinks.")
         records = _zeros(size, self.device)
         records[: self.size] = self.records
@@ -150,17 +174,24 @@ class Ledger:
         One variable-length all-gather: ids and steps travel as int64, losses and scores apart from them as float32.
         With one process there is nothing to do.
         """
-        if _world_size() == 1:
+        if not self._shared():
             return
-        integers, values = _pack(self._pending)
-        integers, values = _gather(integers, _wire_device()), _gather(values, _wire_device())
+        integers, values = _gather(*_pack(self._pending))
         self._pending.clear()
         order = torch.sort(integers[:, 1], stable=True).indices  # the gather is in rank order already
-        integers, values = integers[order], values[order]
-        steps, counts = torch.unique_consecutive(integers[:, 1], return_counts=True)
-        pieces = zip(steps.tolist(), integers.split(counts.tolist()), values.split(counts.tolist()), strict=True)
-        for step, some, numbers in pieces:
-            self._apply(some[:, 0].contiguous(), numbers[:, 0].contiguous(), numbers[:, 1].contiguous(), step)
+        for part in order.split(_SYNC_CHUNK):
+            ids, steps = integers[part].unbind(1)
+            losses, scores = values[part].unbind(1)
+            self._apply(ids, losses, scores, 0)
+            self._set_last_step(ids, steps, losses)
+
+    def _set_last_step(self, ids: Tensor, steps: Tensor, losses: Tensor) -> None:
+        """Each sample's ``last_step`` is that of its last entry with a loss that was taken; entries are in order."""
+        taken = (losses.abs() <= ops.LOSS_LIMIT).numpy()
+        rows, last = np.unique(ids.numpy()[taken][::-1], return_index=True)
+        newest = steps.numpy()[taken][::-1][last].astype(np.int32)
+        column = self.records.view(torch.int32)[:, ops.LAST_STEP]
+        column[torch.from_numpy(rows).to(self.device)] = torch.from_numpy(newest).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as live references (like a module's): save it at once or ``copy.deepcopy`` it.
@@ -176,7 +207,7 @@ class Ledger:
             "records": self.records,
             "rejected": self._rejected,
             "pending": self._pending,
-            "rank": [_rank(), _world_size()],
+            "rank": [rank(), world_size()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,7 +219,7 @@ class Ledger:
         self.check_state(state)
         self.records.copy_(state["records"])
         self._rejected.copy_(state["rejected"])
-        self._pending[:] = [tuple(entry) for entry in state["pending"]]
+        self._pending[:] = [(ids, losses, scores, int(step)) for ids, losses, scores, step in state["pending"]]
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError when :meth:`load_state_dict` would."""
@@ -197,27 +228,26 @@ class Ledger:
         if state["size"] != self.size:
             raise ValueError(
                 f"Ledger state: it was saved for a data set of {state['size']} samples, this one has {self.size}. "
-                f"Resume with the same data set; for one that grew, make the ledger with the old size, load, then "
-                f"call grow()."
+                f"Resume with the same data set; for one that grew, build with the old size, load the state, then call "
+                f"grow({self.size})."
             )
+        if state["ema"] != self.ema:
+            raise ValueError(f"Ledger state: it was saved with ema={state['ema']}, this one has {self.ema}.")
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"Ledger state: it was saved with fingerprint={state['fingerprint']!r}, this one has "
                 f"{self.fingerprint!r}: the data sets differ, so the recorded losses would belong to other samples."
             )
-        if state["pending"] and list(state["rank"]) != [_rank(), _world_size()]:
+        if state["pending"] and list(state["rank"]) != [rank(), world_size()]:
             raise ValueError(
                 f"Ledger state: it holds observations that only rank {state['rank'][0]} of {state['rank'][1]} made. "
                 f"Call sync() on every rank before state_dict()."
             )
 
 
-def _check_size(name: str, size: int) -> int:
-    if isinstance(size, bool) or not isinstance(size, int | np.integer):
-        raise TypeError(f"{name}(size={size!r}): size is the number of samples, an int; pass len(dataset).")
-    if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"{name}(size={size}): size is the number of samples and must be in [1, 2^31].")
-    return int(size)
+def check_size(owner: str, size: Any) -> int:
+    """``size`` as an int, where it is a number of samples that a ledger can have."""
+    return integer(owner, "size", size, 1, MAX_SIZE, what="the number of samples, len(dataset),")
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
@@ -245,38 +275,39 @@ def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
     return values.detach().to(torch.float32)
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Number of processes of the process group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _rank() -> int:
+def rank() -> int:
+    """This process's number in the process group, 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _wire_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-
-
-def _pack(pending: list[tuple[Tensor, Tensor, Tensor | None, int]]) -> tuple[Tensor, Tensor]:
+def _pack(pending: list[_Entry]) -> tuple[Tensor, Tensor]:
     """The observations as int64 (n, 2) of (id, step) and float32 (n, 2) of (loss, score), NaN where there is none."""
-    integers = [torch.stack([ids, torch.full_like(ids, step)], dim=1) for ids, _, _, step in pending]
-    values = [
-        torch.stack([losses, torch.full_like(losses, torch.nan) if scores is None else scores.to(losses.device)], dim=1)
-        for _, losses, scores, _ in pending
-    ]
-    return torch.cat([torch.empty(0, 2, dtype=torch.int64), *(part.cpu() for part in integers)]), torch.cat(
-        [torch.empty(0, 2), *(part.cpu() for part in values)]
-    )
+    integers = [torch.empty(0, 2, dtype=torch.int64, device="cpu")]
+    values = [torch.empty(0, 2, dtype=torch.float32, device="cpu")]
+    for ids, losses, scores, step in pending:
+        integers.append(torch.stack([ids, torch.full_like(ids, step)], dim=1).cpu())
+        scores = torch.full_like(losses, torch.nan) if scores is None else scores.to(losses.device)
+        values.append(torch.stack([losses, scores], dim=1).cpu())
+    return torch.cat(integers), torch.cat(values)
 
 
-def _gather(rows: Tensor, device: torch.device) -> Tensor:
-    """All ranks' rows (n_r, 2), in rank order, on the CPU."""
-    length = torch.tensor([rows.shape[0]], device=device)
-    lengths = [torch.empty_like(length) for _ in range(_world_size())]
+def _gather(*tensors: Tensor) -> list[Tensor]:
+    """All ranks' rows of each tensor (n_r, 2), in rank order, on the CPU; the tensors of a rank are equally long."""
+    wire = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    length = torch.tensor([tensors[0].shape[0]], device=wire)
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
     dist.all_gather(lengths, length)
-    longest = int(max(lengths))
-    padded = torch.zeros(longest, rows.shape[1], dtype=rows.dtype, device=device)
-    padded[: rows.shape[0]] = rows.to(device)
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)].cpu() for part, n in zip(parts, lengths, strict=True)])
+    counts = [int(n) for n in lengths]
+    gathered = []
+    for rows in tensors:
+        padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=wire)
+        padded[: rows.shape[0]] = rows.to(wire)
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        gathered.append(torch.cat([part[:n].cpu() for part, n in zip(parts, counts, strict=True)]))
+    return gathered

@@ -31,7 +31,7 @@ LOSS_LIMIT = 1e18
 # --- ledger_update ----------------------------------------------------------------------------------------------------
 
 _library.define(
-    "ledger_update(Tensor(a!) records, Tensor(b!) rejected, Tensor ids, Tensor losses, Tensor? scores, int step, "
+    "ledger_update(Tensor(a!) records, Tensor(b!) rejected, Tensor ids, Tensor losses, Tensor? scores, SymInt step, "
     "float ema) -> ()"
 )
 

@@ -13,6 +13,9 @@ SAMPLE_ID = "sample_id"
 """The key under which dict-style items and batches carry their ids."""
 
 
+_NO_IDS = "collate_with_ids: an item carries no id; wrap the data set: DataLoader(with_ids(dataset), ...)."
+
+
 class BatchWithIds(NamedTuple):
     """What ``__getitems__`` gives where the data set itself answers with a whole batch instead of a list of items."""
 
@@ -47,7 +50,11 @@ class _WithIdsBatched(_WithIds):
 
 
 def _attach(index: int, item: Any) -> Any:
-    return {**item, SAMPLE_ID: index} if isinstance(item, Mapping) else (index, item)
+    if not isinstance(item, Mapping):
+        return index, item
+    if SAMPLE_ID in item:
+        raise ValueError(f"with_ids: item {index} has a key {SAMPLE_ID!r} of its own; give that column another name.")
+    return {**item, SAMPLE_ID: index}
 
 
 def with_ids(dataset: Any) -> _WithIds:
@@ -92,8 +99,10 @@ class collate_with_ids:  # used like a function; a class, so that it can be pick
         if isinstance(items[0], Mapping):
             ids = [_taken(item) for item in items]
             bare: list[Any] = [{key: value for key, value in item.items() if key != SAMPLE_ID} for item in items]
-        else:
+        elif all(isinstance(item, tuple) and len(item) == 2 and type(item[0]) is int for item in items):
             ids, bare = [index for index, _ in items], [item for _, item in items]
+        else:
+            raise TypeError(_NO_IDS)
         return self._join(torch.tensor(ids, dtype=torch.int64), self.collate(bare))
 
     def _join(self, ids: Tensor, batch: Any) -> Any:
@@ -105,9 +114,7 @@ class collate_with_ids:  # used like a function; a class, so that it can be pick
 
 def _taken(item: Mapping[str, Any]) -> int:
     if SAMPLE_ID not in item:
-        raise KeyError(
-            f"collate_with_ids: an item has no {SAMPLE_ID!r}; wrap the data set: DataLoader(with_ids(dataset), ...)."
-        )
+        raise KeyError(_NO_IDS)
     return int(item[SAMPLE_ID])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from samplewise.cuda_ext import Ledger
 from samplewise.cuda_ext.ops import permutation
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.seeding import derive
 
+VERSION = 1
 CHUNK = 65_536
 """Ids turned into Python integers at a time."""
 
@@ -28,13 +32,29 @@ class Segment:
     start: int
     stop: int
 
-    def ids(self, first: int, count: int, stride: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
-        """``count`` ids from offset ``first`` on, every ``stride``-th: int64 (count,)."""
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its plan."""
+        return len(self) == len(self.plan)
+
+    def positions(self, first: int, count: int, stride: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
+        """Where in the plan ``count`` ids stand, from offset ``first`` on, every ``stride``-th: int64 (count,)."""
         first += self.start
         if not shuffle:
-            return self.plan.take(np.arange(first, first + count * stride, stride))
+            return np.arange(first, first + count * stride, stride)
         key = derive(seed, self.number, "order")
-        return self.plan.take(permutation(len(self.plan), key, first, count, stride=stride).numpy())
+        positions: NDArray[np.int64] = permutation(len(self.plan), key, first, count, stride=stride).numpy()
+        return positions
+
+    def shown(self, seed: int, shuffle: bool) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All its ids, int64 (m,), and their weights, float32 (m,)."""
+        whole = np.arange(len(self.plan))
+        positions = whole if self.is_whole else self.positions(0, len(self), 1, seed, shuffle)
+        weights = self.plan.weights
+        return self.plan.take(positions), np.ones(len(self), np.float32) if weights is None else weights[positions]
 
     def state(self) -> dict[str, Any]:
         """The segment as numbers and tensors; a plan that is a ``range`` needs three integers."""
@@ -56,6 +76,38 @@ class Segment:
             None if weights is None else weights.cpu().numpy(),
         )
         return cls(plan, state["number"], state["start"], state["stop"])
+
+
+def next_stretches(
+    length: int, last: Segment | None, epoch: int, make_plan: Callable[[int], Plan]
+) -> tuple[Segment, ...]:
+    """``length`` ids of consecutive plans, the first going on where ``last``, the epoch before's, was left."""
+    segments: list[Segment] = []
+    while length:
+        if last is None or last.stop == len(last.plan):
+            number = epoch if last is None else last.number + 1
+            last = Segment(make_plan(number), number, 0, 0)
+        count = min(length, len(last.plan) - last.stop)
+        last = replace(last, start=last.stop, stop=last.stop + count)
+        segments.append(last)
+        length -= count
+    return tuple(segments)
+
+
+def write_weights(ledger: Ledger, segments: tuple[Segment, ...], seed: int, shuffle: bool) -> None:
+    """Write one epoch's weights into the ledger.
+
+    A sample that the epoch shows several times gets the mean of its weights, so that their sum, and with it the
+    expected gradient, is unchanged.
+    """
+    parts = [segment.shown(seed, shuffle) for segment in segments]
+    ids, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not (ids[1:] > ids[:-1]).all():  # most methods plan ascending ids, none of them twice
+        times = np.bincount(ids, minlength=ledger.size)
+        sums = np.bincount(ids, weights=weights, minlength=ledger.size)
+        ids = np.flatnonzero(times)
+        weights = (sums[ids] / times[ids]).astype(np.float32)
+    ledger.set_weights(torch.from_numpy(ids), torch.from_numpy(weights))
 
 
 @dataclass(frozen=True)
@@ -87,16 +139,15 @@ class Order:
         parts = []
         position = self.rank + start * self.num_replicas
         left = stop - start
-        size = sum(segment.stop - segment.start for segment in self.segments)
+        ends = list(accumulate(map(len, self.segments)))
         while left:
-            offset = position % size  # positions beyond the end are the filling
-            for segment in self.segments:
-                length = segment.stop - segment.start
-                if offset < length:
-                    break
-                offset -= length
-            count = min(left, -(-(length - offset) // self.num_replicas))
-            parts.append(segment.ids(offset, count, self.num_replicas, self.seed, self.shuffle))
+            offset = position % ends[-1]  # positions beyond the end are the filling
+            number = bisect_right(ends, offset)
+            segment = self.segments[number]
+            count = min(left, -(-(ends[number] - offset) // self.num_replicas))
+            first = offset - (ends[number] - len(segment))
+            positions = segment.positions(first, count, self.num_replicas, self.seed, self.shuffle)
+            parts.append(segment.plan.take(positions))
             position += count * self.num_replicas
             left -= count
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
@@ -136,10 +187,12 @@ class OrderIterator(Iterator[int]):
 
     def state_dict(self) -> dict[str, int]:
         """``epoch`` and ``position`` (ids handed out on all ranks together); JSON-able."""
-        return {"version": 1, "epoch": self._epoch, "position": self._index * self._order.num_replicas}
+        return {"version": VERSION, "epoch": self._epoch, "position": self._index * self._order.num_replicas}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the saved position; the sampler must be at the saved epoch already, or at the start of the next."""
+        if state.get("version") != VERSION:
+            raise ValueError(f"Iterator state: version {state.get('version')} was saved, this release reads {VERSION}.")
         if self._previous is not None and state["epoch"] == self._epoch - 1:
             if state["position"] >= self._previous.total:
                 return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from samplewise.cuda_ext import Ledger
@@ -35,16 +34,16 @@ class Plan:
                 0.
         """
         ids = self.ids
-        if isinstance(ids, range):
-            ids = ids if ids.step > 0 else ids[::-1]
-        else:
+        if not isinstance(ids, range):
             ids = np.ascontiguousarray(ids)
+            if ids.size == 0:
+                ids = ids.astype(np.int64)
             if ids.dtype.kind not in "iu" or ids.ndim != 1:
                 raise TypeError(f"{name}: Plan.ids must be an int64 (k,) array or a range, not {ids.dtype}{ids.shape}.")
             ids = ids.astype(np.int64, copy=False)
         if len(ids) == 0:
             raise ValueError(f"{name}: the plan is empty, so the epoch would train on nothing; plan at least one id.")
-        low, high = (ids[0], ids[-1]) if isinstance(ids, range) else (ids.min(), ids.max())
+        low, high = sorted((ids[0], ids[-1])) if isinstance(ids, range) else (ids.min(), ids.max())
         if low < 0 or high >= size:
             raise ValueError(f"{name}: Plan.ids must lie in [0, {size}), the rows of the data set; got {low}..{high}.")
         return Plan(ids, None if self.weights is None else _checked_weights(self.weights, len(ids), name))
@@ -68,7 +67,11 @@ class Plan:
         if seen.any():
             staleness = step - float(ledger.column("last_step").cpu().numpy().mean(where=seen, dtype=np.float64))
         covered = seen.copy()
-        covered[slice(self.ids.start, self.ids.stop, self.ids.step) if isinstance(self.ids, range) else self.ids] = True
+        if isinstance(self.ids, range):
+            ascending = self.ids if self.ids.step > 0 else self.ids[::-1]
+            covered[ascending.start : ascending.stop : ascending.step] = True
+        else:
+            covered[self.ids] = True
         ess = max_weight = 1.0
         if self.weights is not None:
             weights = self.weights.astype(np.float64)
@@ -81,25 +84,6 @@ class Plan:
             "max_weight": max_weight,
             "staleness": staleness,
         }
-
-
-def write_weights(ledger: Ledger, plans: list[Plan]) -> None:
-    """Write one epoch's weights into the ledger.
-
-    A sample that the epoch shows several times gets the mean of its weights, so that their sum, and with it the
-    expected gradient, is unchanged.
-    """
-    if len(plans) == 1 and plans[0].weights is not None:
-        ids = plans[0].take(np.arange(len(plans[0])))
-        if (ids[1:] > ids[:-1]).all():  # what most methods plan: nothing stands twice
-            ledger.set_weights(torch.from_numpy(ids), torch.from_numpy(plans[0].weights))
-            return
-    ids = np.concatenate([plan.take(np.arange(len(plan))) for plan in plans])
-    weights = np.concatenate([np.ones(len(p), np.float32) if p.weights is None else p.weights for p in plans])
-    times = np.bincount(ids, minlength=ledger.size)
-    rows = np.flatnonzero(times)
-    mean = np.bincount(ids, weights=weights, minlength=ledger.size)[rows] / times[rows]
-    ledger.set_weights(torch.from_numpy(rows), torch.from_numpy(mean.astype(np.float32)))
 
 
 def _checked_weights(weights: NDArray[np.float32], length: int, name: str) -> NDArray[np.float32]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from samplewise.cuda_ext import Ledger
-from samplewise.loaders.order import Order, OrderIterator, Segment
-from samplewise.loaders.plan import Plan, write_weights
+from samplewise.cuda_ext import Ledger, ledger
+from samplewise.cuda_ext.checks import integer
+from samplewise.loaders.cursor import Cursor
+from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
+from samplewise.loaders.plan import Plan
 from samplewise.loaders.seeding import generator
 
 VERSION = 1
+MOST_PLANS = 10_000  # an epoch of fixed length is at most so many times the data set
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -62,8 +64,6 @@ class PlannedSampler(DistributedSampler[int], ABC):
         ledger: the per-sample statistics, :class:`samplewise.cuda_ext.Ledger`.
         epoch: the current epoch, from 0.
         recording: set it to False while losses must not be recorded (validation).
-        epoch_samples: samples of the current epoch, all ranks together, after which the loop ends it, where that is not
-            all of them (a loader that drops its last batch, a limit on the batches); each new epoch sets it to None.
         plan_seconds: seconds that the last planning took, the ledger's sync included.
     """
 
@@ -86,39 +86,26 @@ class PlannedSampler(DistributedSampler[int], ABC):
     ):
         # DistributedSampler's own constructor asks for the process group, which need not exist yet.
         name = type(self).__name__
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"{name}(seed={seed!r}): seed must be an int >= 0.")
-        if epoch_length != "plan" and (
-            isinstance(epoch_length, bool) or not isinstance(epoch_length, int) or epoch_length < 1
-        ):
-            raise ValueError(
-                f"{name}(epoch_length={epoch_length!r}): an epoch is as long as its plan ('plan') or has a fixed "
-                f"number of samples (an int >= 1)."
-            )
-        for argument, value, least in (("num_replicas", num_replicas, 1), ("rank", rank, 0)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}({argument}={value!r}): {argument} must be an int >= {least}, or None.")
-        if rank is not None and rank >= (num_replicas or rank + 1):
-            raise ValueError(f"{name}(rank={rank}): rank must be below num_replicas={num_replicas}.")
+        size = ledger.check_size(name, size)
+        self.seed = integer(name, "seed", seed, 0)
+        self.epoch_length: int | Literal["plan"] = "plan"
+        if epoch_length != "plan":
+            what = "'plan', or the samples of an epoch,"
+            self.epoch_length = integer(name, "epoch_length", epoch_length, 1, MOST_PLANS * size, what=what)
         self.ledger = Ledger(size, ema=ema, device=device, fingerprint=fingerprint)
+        self.num_replicas = None if num_replicas is None else integer(name, "num_replicas", num_replicas, 1)
+        self._rank = None if rank is None else integer(name, "rank", rank, 0, (num_replicas or ledger.MAX_SIZE) - 1)
         self.size = self.ledger.size
         self.dataset: Any = range(self.size)  # DistributedSampler's attribute; only its length is known here
-        self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.epoch_length = epoch_length
         self.epoch = 0
         self.recording = True
         self.plan_seconds = 0.0
-        self._num_replicas, self._rank = num_replicas, rank
         self._segments: tuple[Segment, ...] = ()
-        self._latest: OrderIterator | None = None
         self._previous_order: Order | None = None
-        self._batch = 0  # the largest batch observed in this epoch, all ranks together
-        self.epoch_samples: int | None = None
-        self._planned = False
-        self._weighted = False
-        self._new_cursor(consumed=0, step=0)
+        self._planned = self._weighted = self._set_epoch_called = False
+        self._cursor = Cursor.at_start(step=0)
 
     # --- what a method writes -----------------------------------------------------------------------------------------
 
@@ -137,31 +124,32 @@ class PlannedSampler(DistributedSampler[int], ABC):
     def set_epoch(self, epoch: int) -> None:
         """Go to ``epoch``. The same epoch again changes nothing; a new one syncs the ledger and makes a new plan.
 
-        With several ranks a new epoch is collective: call it on all of them, or on none (an epoch that was trained to
-        its end is followed by the next one when the sampler is iterated again).
+        With several ranks a new epoch is collective: call it on all of them. A loop that never calls it, on any rank,
+        goes to the next epoch when it iterates the sampler again after it trained on the whole of the last one.
         """
-        if epoch == self.epoch:
-            return
-        if epoch < 0:
-            raise ValueError(f"{type(self).__name__}.set_epoch({epoch}): an epoch is an int >= 0.")
+        epoch = integer(f"{type(self).__name__}.set_epoch", "epoch", epoch, 0)
+        self._set_epoch_called = True
+        if epoch != self.epoch:
+            self._go_to(epoch)
+
+    def _go_to(self, epoch: int) -> None:
         begin = perf_counter()
-        self.ledger.sync()
+        self.sync()
         self.epoch = epoch
         self._planned = False
-        self._new_cursor(consumed=0, step=self.step)
+        self._cursor = Cursor.at_start(self.step)
+        self._previous_order = None
         self._make_epoch(begin)
 
     @property
     def current_plan(self) -> Plan:
         """What the current epoch trains on; with a fixed ``epoch_length``, the stretches of plans it consists of."""
         self._ensure_planned()
-        whole = [segment.start == 0 and segment.stop == len(segment.plan) for segment in self._segments]
-        if whole == [True]:
+        if len(self._segments) == 1 and self._segments[0].is_whole:
             return self._segments[0].plan
-        parts = [s.ids(0, s.stop - s.start, 1, self.seed, self.shuffle) for s in self._segments]
-        ids = np.concatenate(parts)
-        weights = self.ledger.weights(torch.from_numpy(ids)).numpy() if self._weighted else None
-        return Plan(ids, weights)
+        parts = [segment.shown(self.seed, self.shuffle) for segment in self._segments]
+        ids, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Plan(ids, weights if self._weighted else None)
 
     def _ensure_planned(self) -> None:
         if not self._planned:
@@ -172,23 +160,10 @@ class PlannedSampler(DistributedSampler[int], ABC):
             plan = self._make_plan(self.epoch)
             self._segments = (Segment(plan, self.epoch, 0, len(plan)),)
         else:
-            self._segments = self._fill_epoch(int(self.epoch_length))
+            last = self._segments[-1] if self._segments else None
+            self._segments = next_stretches(int(self.epoch_length), last, self.epoch, self._make_plan)
         self._finish_epoch()
         self.plan_seconds = perf_counter() - begin
-
-    def _fill_epoch(self, length: int) -> tuple[Segment, ...]:
-        """Stretches of consecutive plans, the first going on where the last epoch's last plan was left."""
-        segments: list[Segment] = []
-        last = self._segments[-1] if self._segments else None
-        while length:
-            if last is None or last.stop == len(last.plan):
-                number = self.epoch if last is None else last.number + 1
-                last = Segment(self._make_plan(number), number, 0, 0)
-            count = min(length, len(last.plan) - last.stop)
-            last = replace(last, start=last.stop, stop=last.stop + count)
-            segments.append(last)
-            length -= count
-        return tuple(segments)
 
     def _make_plan(self, number: int) -> Plan:
         plan = self.plan(number, generator(self.seed, number, "plan"))
@@ -197,27 +172,36 @@ class PlannedSampler(DistributedSampler[int], ABC):
         return plan.check(self.size, f"{type(self).__name__}.plan({number})")
 
     def _finish_epoch(self) -> None:
-        plans = [segment.plan for segment in self._segments]
-        self._weighted = any(plan.weights is not None for plan in plans)
-        if self._weighted:
-            write_weights(self.ledger, plans)
-        self._planned = True
+        weighted = any(segment.plan.weights is not None for segment in self._segments)
+        if weighted:
+            write_weights(self.ledger, self._segments, self.seed, self.shuffle)
+        elif self._weighted:
+            self.ledger.clear_weights()
+        self._weighted, self._planned = weighted, True
+
+    def grow(self, size: int) -> None:
+        """Make room for the samples of a data set that grew; from the next plan on they are planned, as unseen ones."""
+        self._ensure_planned()
+        self.ledger.grow(size)
+        self.size = self.ledger.size
+        self.dataset = range(self.size)
 
     # --- the DataLoader's side ----------------------------------------------------------------------------------------
 
     @property
     def num_replicas(self) -> int:
         """World size, looked up when it is asked for."""
-        return _distributed("get_world_size", 1) if self._num_replicas is None else self._num_replicas
+        return ledger.world_size() if self._num_replicas is None else self._num_replicas
 
     @num_replicas.setter
     def num_replicas(self, value: int | None) -> None:
         self._num_replicas = value
+        self.ledger.distributed = value != 1
 
     @property
     def rank(self) -> int:
         """This process's rank, looked up when it is asked for."""
-        return _distributed("get_rank", 0) if self._rank is None else self._rank
+        return ledger.rank() if self._rank is None else self._rank
 
     @rank.setter
     def rank(self, value: int | None) -> None:
@@ -245,24 +229,24 @@ class PlannedSampler(DistributedSampler[int], ABC):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        if self._planned and self._epoch_is_over():
-            self.set_epoch(self.epoch + 1)
-        start = self._start // self.num_replicas
-        self._latest = OrderIterator(self._order(), self.epoch, start, self._previous_order)
-        return self._latest
+        # With several ranks a new epoch is collective, and some loops look at a batch on one rank only.
+        if self._loop_needs_a_new_epoch():
+            self._go_to(self.epoch + 1)
+        start = self._cursor.start // self.num_replicas
+        iterator = OrderIterator(self._order(), self.epoch, start, self._previous_order)
+        self._cursor.begin(iterator)
+        return iterator
+
+    def _loop_needs_a_new_epoch(self) -> bool:
+        total = self.total_size
+        if not self._set_epoch_called:
+            return self._cursor.is_left(total)
+        # A new epoch is collective with several ranks, and one of them may just look at a batch.
+        return self.num_replicas == 1 and self._cursor.is_complete(total)
 
     def _order(self) -> Order:
         total = self.total_size  # makes the plan where there is none yet
         return Order(self._segments, total, self.rank, self.num_replicas, self.seed, self.shuffle)
-
-    def _epoch_is_over(self) -> bool:
-        """Whether the model has trained on all of the epoch, but for a last batch that the loader dropped."""
-        left = self._epoch_end() - self.consumed
-        drawn = self._latest is not None and self._latest.exhausted
-        return left <= 0 or (drawn and left < self._batch)
-
-    def _epoch_end(self) -> int:
-        return self.total_size if self.epoch_samples is None else max(1, min(self.epoch_samples, self.total_size))
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
@@ -286,33 +270,59 @@ class PlannedSampler(DistributedSampler[int], ABC):
             ValueError: losses of another shape than (B,): a scalar, or one loss a token.
             IndexError: an id outside the data set.
         """
-        if self.accepts_batch_loss and losses.ndim == 0:
+        if self.accepts_batch_loss and isinstance(losses, Tensor) and losses.ndim == 0:
             losses = losses.expand(ids.numel())
         if not (self.recording and torch.is_grad_enabled()):
             return losses.mean()
+        self._ensure_planned()
         self.ledger.update(ids, losses, step=self.step, scores=scores)
-        batch = ids.numel() * self.num_replicas
-        self._cursor[0] += batch
-        self._cursor[1] += 1
-        self._batch = max(self._batch, batch)
+        if self._cursor.iterated_again:
+            self._start_again(ids)
+        self._cursor.count(ids.numel() * self.num_replicas)
         if self._weighted:
             return (self.ledger.weights(ids) * losses).mean()
         return losses.mean()
 
+    def _start_again(self, ids: Tensor) -> None:
+        """The loop left the epoch early and iterates it once more, unless it only looked at the first batch."""
+        cursor = self._cursor
+        cursor.iterated_again = False
+        first = cursor.start // self.num_replicas
+        if ids.numel() and int(ids[0]) == self._order().ids(first, first + 1)[0]:
+            warnings.warn(
+                f"{type(self).__name__}: epoch {self.epoch} was left early and begins again, with the same samples in "
+                f"the same order. Call set_epoch() before each pass.",
+                stacklevel=3,
+            )
+            cursor.consumed = cursor.start
+
     @property
     def consumed(self) -> int:
         """Samples of the current epoch that the model has trained on, all ranks together."""
-        return int(self._cursor[0])
+        return self._cursor.consumed
 
     @property
     def step(self) -> int:
         """Training batches observed so far, in all epochs."""
-        return int(self._cursor[1])
+        return self._cursor.step
 
     @property
     def progress(self) -> float:
         """Epochs done, with the share of the current one: 2.5 is the middle of the third epoch."""
-        return self.epoch + min(1.0, self.consumed / self._epoch_end())
+        return self.epoch + min(1.0, self.consumed / self._cursor.end(self.total_size))
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples of the current epoch, all ranks together, after which the loop ends it; None: all of them.
+
+        A loop sets it that leaves the rest out (a limit on the batches, a loader that drops its last one), so that
+        :attr:`progress` and a state of the last batch are right. Each new epoch sets it to None.
+        """
+        return self._cursor.limit
+
+    @epoch_samples.setter
+    def epoch_samples(self, samples: int | None) -> None:
+        self._cursor.limit = samples
 
     def advance_to(self, consumed: int) -> None:
         """Say how many samples of this epoch the model has trained on (all ranks together).
@@ -320,14 +330,18 @@ class PlannedSampler(DistributedSampler[int], ABC):
         :meth:`observe` counts them; a framework's callback, which knows of batches that were not observed, corrects it.
         0 begins the epoch anew: the next iterator starts at its first sample, also after a resume.
         """
-        self._cursor[0] = min(max(int(consumed), 0), self.total_size)
-        if self._cursor[0] == 0:
-            self._start = 0
+        self._cursor.consumed = min(max(int(consumed), 0), self.total_size)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         """Merge the ranks' observations into every rank's ledger. Collective; do it before :meth:`state_dict`."""
+        world = ledger.world_size()
+        if world > 1 and self.num_replicas not in (1, world):
+            raise ValueError(
+                f"{type(self).__name__}(num_replicas={self.num_replicas}): there are {world} processes. Use None (each "
+                f"process trains on its share) or 1 (each has a ledger of its own and trains on everything)."
+            )
         self.ledger.sync()
 
     def state_dict(self) -> dict[str, Any]:
@@ -343,10 +357,11 @@ class PlannedSampler(DistributedSampler[int], ABC):
             "sampler": type(self).__name__,
             "size": self.size,
             "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
             "epoch": self.epoch,
-            "cursor": torch.from_numpy(self._cursor),
-            "end": self._epoch_end(),
-            "batch": self._batch,
+            "cursor": self._cursor.tensor,
+            "total": self.total_size,
             "segments": [segment.state() for segment in self._segments],
             "ledger": self.ledger.state_dict(),
         }
@@ -362,37 +377,24 @@ class PlannedSampler(DistributedSampler[int], ABC):
         name = type(self).__name__
         if state.get("version") != VERSION:
             raise ValueError(f"{name} state: version {state.get('version')} was saved, this release reads {VERSION}.")
-        for key, own in (("sampler", name), ("seed", self.seed)):
+        options = {"sampler": name, "seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
+        for key, own in options.items():
             if state[key] != own:
                 raise ValueError(
-                    f"{name} state: it was saved by a sampler with {key}={state[key]!r}, this one has {own!r}; "
+                    f"{name} state: it was saved with {key}={state[key]!r}, this one has {own!r}; "
                     f"resume with the same {key}."
                 )
         self.ledger.load_state_dict(state["ledger"])
         self.epoch = state["epoch"]
         self._segments = tuple(Segment.from_state(part) for part in state["segments"])
-        consumed, step = state["cursor"].tolist()
-        if consumed >= state["end"]:  # the epoch was over: what comes next is a plan of the ledger just loaded
+        self._cursor = Cursor.from_tensor(state["cursor"])
+        self._previous_order = None
+        self._finish_epoch()
+        if self._cursor.is_complete(state["total"]):  # what comes next is a plan of the ledger just loaded
             if state["ledger"]["pending"]:
                 self.ledger.sync()
-            self._planned = True
             previous = self._order()
             self.epoch += 1
-            self._new_cursor(consumed=0, step=step)
+            self._cursor = Cursor.at_start(self.step)
             self._make_epoch(perf_counter())
             self._previous_order = previous
-        else:
-            self._finish_epoch()
-            self._new_cursor(consumed=consumed, step=step)
-        self._batch = state["batch"]
-
-    def _new_cursor(self, *, consumed: int, step: int) -> None:
-        """A cursor of its own for each epoch, so that a state taken in an earlier one stays what it was."""
-        self._cursor = np.array([consumed, step], dtype=np.int64)
-        self._start = consumed
-        self.epoch_samples = self._latest = self._previous_order = None
-        self._batch = 0
-
-
-def _distributed(question: str, otherwise: int) -> int:
-    return int(getattr(dist, question)()) if dist.is_available() and dist.is_initialized() else otherwise

@@ -71,12 +71,12 @@ def _check_lengths_and_ids(factory: Factory, epochs: int) -> None:
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         ids = list(sampler)
-        assert len(ids) == len(sampler), f"epoch {epoch}: len() is {len(sampler)}, but {len(ids)} ids came"
-        assert all(type(i) is int for i in ids), f"epoch {epoch}: ids must be Python integers"
-        assert all(0 <= i < sampler.size for i in ids), f"epoch {epoch}: ids outside [0, {sampler.size})"
-        assert sorted(ids) == sorted(_planned(sampler)), f"epoch {epoch}: the ids are not those of the plan"
+        _expect(len(ids) == len(sampler), f"epoch {epoch}: len() is {len(sampler)}, but {len(ids)} ids came")
+        _expect(all(type(i) is int for i in ids), f"epoch {epoch}: ids must be Python integers")
+        _expect(all(0 <= i < sampler.size for i in ids), f"epoch {epoch}: ids outside [0, {sampler.size})")
+        _expect(sorted(ids) == sorted(_planned(sampler)), f"epoch {epoch}: the ids are not those of the plan")
         sampler.set_epoch(epoch)
-        assert list(sampler) == ids, f"epoch {epoch}: set_epoch() of the same epoch changed the order"
+        _expect(list(sampler) == ids, f"epoch {epoch}: set_epoch() of the same epoch changed the order")
         train_epoch(sampler)
 
 
@@ -84,15 +84,15 @@ def _check_iterators(factory: Factory, epochs: int) -> None:
     sampler = factory()
     whole = list(sampler)
     iterator = iter(sampler)
-    assert iter(iterator) is iterator, "iter(iterator) must be the iterator itself"
+    _expect(iter(iterator) is iterator, "iter(iterator) must be the iterator itself")
     first = [*islice(iterator, 2), *islice(iterator, 3)]
-    assert first == whole[:5], "islice() twice over one iterator must go on where it was"
+    _expect(first == whole[:5], "islice() twice over one iterator must go on where it was")
     outer, inner = iter(sampler), iter(sampler)
     both = [i for pair in zip(outer, inner, strict=True) for i in pair]
-    assert both == [i for i in whole for _ in range(2)], "two iterators must not share their position"
-    assert list(sampler) == whole, "iterating must not change what the next iterator gives"
+    _expect(both == [i for i in whole for _ in range(2)], "two iterators must not share their position")
+    _expect(list(sampler) == whole, "iterating must not change what the next iterator gives")
     for epoch in range(epochs):  # a loop that forgets set_epoch()
-        assert sampler.epoch == epoch, f"after {epoch} whole epochs the sampler stands at epoch {sampler.epoch}"
+        _expect(sampler.epoch == epoch, f"after {epoch} whole epochs the sampler stands at epoch {sampler.epoch}")
         train_epoch(sampler)
         iter(sampler)
 
@@ -107,14 +107,14 @@ def _check_ranks(factory: Factory, epochs: int) -> None:
                 sampler.set_epoch(epoch)
             shares = [list(sampler) for sampler in ranks]
             lengths = {len(share) for share in shares} | {len(sampler) for sampler in ranks}
-            assert len(lengths) == 1, f"epoch {epoch}: the ranks' lengths differ: {lengths}"
+            _expect(len(lengths) == 1, f"epoch {epoch}: the ranks' lengths differ: {lengths}")
             planned = _planned(ranks[0])
             served = [i for group in zip(*shares, strict=True) for i in group]
             if ranks[0].drop_last:
-                assert not _surplus(served, planned), f"epoch {epoch}: ids that are not planned were served"
+                _expect(not _surplus(served, planned), f"epoch {epoch}: ids that are not planned were served")
             else:
-                assert not _surplus(planned, served), f"epoch {epoch}: planned ids were not served"
-                assert len(served) - len(planned) < world, f"epoch {epoch}: more filled up than one id a rank"
+                _expect(not _surplus(planned, served), f"epoch {epoch}: planned ids were not served")
+                _expect(len(served) - len(planned) < world, f"epoch {epoch}: more filled up than one id a rank")
             _observe_alike(ranks)
 
 
@@ -123,11 +123,11 @@ def _check_determinism(factory: Factory, epochs: int) -> None:
     for epoch in range(epochs):
         for sampler in (one, other):
             sampler.set_epoch(epoch)
-        assert train_epoch(one) == train_epoch(other), f"epoch {epoch}: two equal samplers gave different orders"
-    if one.shuffle:
+        _expect(train_epoch(one) == train_epoch(other), f"epoch {epoch}: two equal samplers gave different orders")
+    if one.shuffle and len(one) > 10:  # short orders are equal by chance
         one, other = factory(), factory()
         other.set_epoch(1)
-        assert list(one) != list(other), "epochs 0 and 1 have the same order"
+        _expect(list(one) != list(other), "epochs 0 and 1 have the same order")
 
 
 def _check_global_generators(factory: Factory, epochs: int) -> None:
@@ -136,7 +136,7 @@ def _check_global_generators(factory: Factory, epochs: int) -> None:
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         train_epoch(sampler)
-    assert _global_states() == before, "the global generator of python, numpy or torch was used or changed"
+    _expect(_global_states() == before, "the global generator of python, numpy or torch was used or changed")
 
 
 def _check_workers(factory: Factory, epochs: int) -> None:
@@ -144,7 +144,7 @@ def _check_workers(factory: Factory, epochs: int) -> None:
     sampler = factory()
     loader = DataLoader(with_ids(range(sampler.size)), batch_size=4, sampler=sampler, num_workers=2)
     served = torch.cat([ids for ids, _ in loader]).tolist()
-    assert served == list(sampler), "two workers gave another order than none"
+    _expect(served == list(sampler), "two workers gave another order than none")
 
 
 def _check_resume(factory: Factory, epochs: int) -> None:
@@ -169,22 +169,22 @@ def _check_resume_at(factory: Factory, epoch: int, stop: int) -> None:
     resumed = factory()
     resumed.load_state_dict(_through_file(original.state_dict()))
     if stop * 7 >= len(original):
-        assert (resumed.epoch, resumed.consumed) == (epoch + 1, 0), f"{where}: an epoch's end is the next one's start"
+        _expect((resumed.epoch, resumed.consumed) == (epoch + 1, 0), f"{where}: an epoch's end is the next one's start")
         original.set_epoch(epoch + 1)
     else:
         rest_of_epoch = list(original)[original.consumed :]
         iterator, twin = iter(resumed), iter(resumed)
         next(iterator)
         twin.load_state_dict(json.loads(json.dumps(iterator.state_dict())))  # type: ignore[attr-defined]
-        assert list(twin) == rest_of_epoch[1:], f"{where}: an iterator's state does not survive JSON"
+        _expect(list(twin) == rest_of_epoch[1:], f"{where}: an iterator's state does not survive JSON")
         resumed = factory()
         resumed.load_state_dict(_through_file(original.state_dict()))
-        assert train_epoch(resumed) == rest_of_epoch, f"{where}: the rest of the epoch differs"
+        _expect(train_epoch(resumed) == rest_of_epoch, f"{where}: the rest of the epoch differs")
         _replay(original, rest_of_epoch)
         for sampler in (original, resumed):
             sampler.set_epoch(epoch + 1)
-    assert torch.equal(_bytes(original), _bytes(resumed)), f"{where}: the ledger differs"
-    assert list(original) == list(resumed), f"{where}: the next epoch differs"
+    _expect(torch.equal(_bytes(original), _bytes(resumed)), f"{where}: the ledger differs")
+    _expect(list(original) == list(resumed), f"{where}: the next epoch differs")
 
 
 def _check_pickle(factory: Factory, epochs: int) -> None:
@@ -192,10 +192,21 @@ def _check_pickle(factory: Factory, epochs: int) -> None:
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         train_epoch(sampler, stop=2 if epoch == epochs - 1 else None)
-    for twin in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)):
-        assert list(twin) == list(sampler), "a pickled or copied sampler gives another order"
-        assert (twin.epoch, twin.consumed, twin.step) == (sampler.epoch, sampler.consumed, sampler.step)
-        assert torch.equal(_bytes(twin), _bytes(sampler)), "a pickled or copied sampler has another ledger"
+    twins = pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)
+    order = list(sampler)
+    for twin in twins:
+        _expect(list(twin) == order, "a pickled or copied sampler gives another order")
+        _expect(
+            (twin.epoch, twin.consumed, twin.step) == (sampler.epoch, sampler.consumed, sampler.step),
+            "a pickled or copied sampler stands elsewhere",
+        )
+        _expect(torch.equal(_bytes(twin), _bytes(sampler)), "a pickled or copied sampler has another ledger")
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not condition:
+        raise AssertionError(otherwise)
 
 
 def _planned(sampler: PlannedSampler) -> list[int]:

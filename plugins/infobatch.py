@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Unpack
 
+from samplewise.cuda_ext.checks import integer, share
 from samplewise.loaders import Plan, PlannedSampler
 from samplewise.loaders.sampler import SamplerOptions
 
@@ -115,18 +116,12 @@ class InfoBatch(PlannedSampler):
         batch_loss: bool = False,
         **common: Unpack[SamplerOptions],
     ):
-        if not epochs >= 1:
-            raise ValueError(f"InfoBatch(epochs={epochs}): epochs is the length of the whole training and must be >= 1")
-        if not 0 <= prune < 1:
-            raise ValueError(
-                f"InfoBatch(prune={prune}): prune is the probability of leaving out a sample below the mean loss and "
-                f"must be in [0, 1)"
-            )
-        if not 0 <= anneal_from <= 1:
-            raise ValueError(
-                f"InfoBatch(anneal_from={anneal_from}): anneal_from is the share of the epochs after which all samples "
-                f"are trained on and must be in [0, 1]; 1 never anneals"
-            )
+        owner = type(self).__name__
+        epochs = integer(owner, "epochs", epochs, 1, what="the length of the whole training")
+        prune = share(owner, "prune", prune, ends="[)", what="the probability of leaving out a sample below the mean")
+        anneal_from = share(owner, "anneal_from", anneal_from, what="the share of the epochs before all are trained on")
+        if not isinstance(batch_loss, bool):
+            raise TypeError(f"{owner}(batch_loss={batch_loss!r}): batch_loss must be True or False.")
         checked = None if quantiles is None else _check_quantiles(quantiles)
         if batch_loss:
             common.setdefault("ema", BATCH_LOSS_DECAY)
@@ -149,7 +144,10 @@ class InfoBatch(PlannedSampler):
 
 
 def _check_quantiles(quantiles: Quantiles) -> Quantiles:
-    pairs = tuple((float(quantile), float(ratio)) for quantile, ratio in quantiles)
+    try:
+        pairs = tuple((float(quantile), float(ratio)) for quantile, ratio in quantiles)
+    except (TypeError, ValueError):
+        pairs = ()
     bounds = [quantile for quantile, _ in pairs]
     ascending = all(low < high for low, high in zip([0.0, *bounds], [*bounds, 1.0], strict=True))
     if not (pairs and ascending and all(0 < ratio <= 1 for _, ratio in pairs)):

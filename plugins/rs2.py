@@ -7,8 +7,8 @@ number of steps (`samplewise.callbacks.BudgetSchedule`). Modes:
 - "without_replacement": round n takes positions n k ... (n+1) k - 1 of an endless row of keyed permutations, so that
   every id comes exactly once in each N draws (the public code leaves one out). A round across the border of two
   permutations may hold an id twice.
-- "stratified": the same with each class spread evenly over the row: a round has each class's share, to within one
-  sample or two.
+- "stratified": the same with each class spread evenly over the row: a round has each class's share, to within
+  two samples where no class is a vanishing part (with a thousand classes of one sample each, a few more).
 - "with_replacement": k independent draws.
 - "hash": id i is kept when hash(seed, n, i) < r 2^64. Stateless: a stream on any rank agrees without a plan
   (`hash_keep`); the number of samples varies from round to round, r N on average.
@@ -22,9 +22,10 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from samplewise.cuda_ext import ops
+from samplewise.cuda_ext.checks import share
 from samplewise.loaders import Plan, PlannedSampler
 from samplewise.loaders.sampler import SamplerOptions
 from samplewise.loaders.seeding import derive
@@ -155,6 +156,13 @@ class RS2(PlannedSampler):
         self.mode = mode
         self._strata = Strata(_check_labels(labels, self.size, mode), self.seed) if mode == "stratified" else None
 
+    @override
+    def grow(self, size: int) -> None:
+        """As for every sampler, except that strata cannot grow, since the new samples' labels are not known."""
+        if self._strata is not None:
+            raise ValueError("RS2(mode='stratified').grow: the new samples have no labels; make a new sampler.")
+        super().grow(size)
+
     def plan(self, epoch: int, rng: np.random.Generator) -> Plan:
         """Round `epoch`: k ids (on average, in mode "hash"), weight 1."""
         k = max(1, round(self.ratio * self.size))
@@ -172,8 +180,7 @@ class RS2(PlannedSampler):
 
 
 def _check_ratio(name: str, ratio: float) -> None:
-    if not 0 < ratio <= 1:
-        raise ValueError(f"{name}(ratio={ratio}): ratio is the share of the samples of a round and must be in (0, 1]")
+    share(name, "ratio", ratio, ends="(]", what="the share of the samples of a round")
 
 
 def _check_labels(labels: npt.ArrayLike | None, size: int, mode: str) -> npt.NDArray[np.integer]:

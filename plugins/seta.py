@@ -18,13 +18,14 @@ number of distinct losses, so that no window is empty; with one, the groups are 
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Unpack
 
 from samplewise.cuda_ext import ops
+from samplewise.cuda_ext.checks import integer, share
 from samplewise.loaders import Plan, PlannedSampler
 from samplewise.loaders.sampler import SamplerOptions
 from samplewise.loaders.seeding import derive
@@ -54,7 +55,7 @@ def window_start_and_width(n: int, groups: int, window: float, rounding: Roundin
 
 def subset_size(size: int, prune: float) -> int:
     """int((1 - prune) * size), at least 1."""
-    return max(1, int((1 - prune) * size))
+    return max(1, int(round((1 - prune) * size, 9)))  # in binary (1 - 0.8) * 10 is 1.9999999999999996
 
 
 def seta_select(
@@ -140,7 +141,8 @@ class SeTa(PlannedSampler):
         **common: the options of every sampler, see :class:`samplewise.loaders.PlannedSampler`.
 
     Raises:
-        ValueError: for an argument outside its range.
+        TypeError: for an argument that is no number.
+        ValueError: for one outside its range.
     """
 
     def __init__(
@@ -156,19 +158,16 @@ class SeTa(PlannedSampler):
         revisit_every: int | None = None,
         **common: Unpack[SamplerOptions],
     ):
-        forced_back = revisit_every is None or _is_count(revisit_every)
-        rules = (
-            ("epochs", epochs, epochs >= 1, "is the length of the whole training and must be >= 1"),
-            ("prune", prune, 0 <= prune < 1, "is the share of samples dropped before clustering and must be in [0, 1)"),
-            ("groups", groups, _is_count(groups, clustering.BINS), f"must be an integer in [1, {clustering.BINS}]"),
-            ("window", window, 0 < window <= 1, "is the share of the groups trained on and must be in (0, 1]"),
-            ("anneal_from", anneal_from, 0 <= anneal_from <= 1, "is a share of the epochs and must be in [0, 1]"),
-            ("rounding", rounding, rounding in ("code", "paper"), "must be 'code' (round) or 'paper' (ceil)"),
-            ("revisit_every", revisit_every, forced_back, "must be a number of plans, an integer >= 1"),
-        )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"SeTa({name}={value!r}): {name} {rule}")
+        owner = type(self).__name__
+        epochs = integer(owner, "epochs", epochs, 1, what="the length of the whole training")
+        prune = share(owner, "prune", prune, ends="[)", what="the share of samples dropped before clustering")
+        groups = integer(owner, "groups", groups, 1, clustering.BINS)
+        window = share(owner, "window", window, ends="(]", what="the share of the groups trained on")
+        anneal_from = share(owner, "anneal_from", anneal_from, what="the share of the epochs before annealing")
+        if rounding not in get_args(Rounding):
+            raise ValueError(f"{owner}(rounding={rounding!r}): rounding must be 'code' (round) or 'paper' (ceil).")
+        if revisit_every is not None:
+            revisit_every = integer(owner, "revisit_every", revisit_every, 1, what="a number of plans")
         super().__init__(size, **common)
         self.epochs = epochs
         self.prune = prune
@@ -197,7 +196,3 @@ class SeTa(PlannedSampler):
             planned[ids] = True
             ids = np.flatnonzero(planned)
         return Plan(ids)
-
-
-def _is_count(value: object, most: int | None = None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)

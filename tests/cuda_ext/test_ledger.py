@@ -129,9 +129,12 @@ def test_scores_keep_the_last_finite_one():
 def test_weights():
     ledger = Ledger(4)
     ledger.set_weights(torch.tensor([1, 2]), torch.tensor([2.0, 0.5]))
-    assert ledger.weights(torch.tensor([2, 0, 1], dtype=torch.int32)).tolist() == [0.5, 0, 2]
+    assert ledger.weights(torch.tensor([2, 0, 1], dtype=torch.int32)).tolist() == [0.5, 1, 2]
     ledger.set_weights(torch.tensor([0]), torch.tensor([1.0]))
-    assert ledger.column("weight").tolist() == [1, 0, 0, 0]
+    assert ledger.column("weight")[0] == 1
+    assert ledger.column("weight")[1:].isnan().all()  # not in the plan
+    ledger.clear_weights()
+    assert ledger.column("weight").tolist() == [0, 0, 0, 0]
 
 
 def test_grow_keeps_the_old_and_adds_unseen():
@@ -200,7 +203,7 @@ def test_a_state_of_another_version_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((0,), ValueError, r"size=0.*in \[1, 2\^31\]"),
+        ((0,), ValueError, r"size=0.*len\(dataset\).*in \[1, 2147483648\]"),
         ((2**31 + 1,), ValueError, "size"),
         ((1.5,), TypeError, r"len\(dataset\)"),
         ((True,), TypeError, "size"),

@@ -43,6 +43,24 @@ def test_t25_compile_keeps_the_op_in_place():
     assert ledger.column("count").tolist() == [0, 0, 2, 0, 0, 1, 0, 0]
 
 
+def test_t25_a_compiled_step_is_not_compiled_again_for_every_step_number():
+    ledger, graphs = Ledger(8), []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=count, fullgraph=True)
+    def step(ids, losses, number):
+        ops.ledger_update(ledger.records, ledger._rejected, ids, losses, None, number, 0.9)
+
+    for number in range(10):
+        step(torch.tensor([2, 5]), torch.ones(2), number)
+    assert len(graphs) <= 3  # 0 and 1 are special to dynamo
+    assert ledger.column("last_step")[2] == 9
+    assert ledger.column("count")[5] == 10
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 257, 65_535, 65_536, *LARGE])
 def test_permutation_is_one(n):
     values = ops.permutation(n, 42, 0, n)

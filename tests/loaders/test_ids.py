@@ -135,6 +135,11 @@ def test_mistakes():
         collate_with_ids(None)
     with pytest.raises(KeyError, match="with_ids"):
         collate_with_ids(keep)([{"x": 1}])
+    for items in ([1, 2], [(torch.ones(1), 2)], [(1, 2, 3)]):
+        with pytest.raises(TypeError, match="with_ids"):
+            collate_with_ids(keep)(items)
+    with pytest.raises(ValueError, match="another name"):
+        with_ids([{SAMPLE_ID: 77}])[0]
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,8 @@ def test_detached_losses_may_be_recorded_after_backward():
     assert int(sampler.ledger.seen.sum()) == 2
 
 
-def test_t25_observe_inside_a_compiled_step():
+def test_t25_observe_beside_a_compiled_model():
     sampler = Everything(8)
-    len(sampler)
     model = torch.nn.Linear(2, 1)
 
     @torch.compile(backend="aot_eager")
@@ -89,6 +88,12 @@ def test_t25_observe_inside_a_compiled_step():
     sampler.observe(ids, forward(x)).backward()
     assert model.weight.grad is not None
     assert sampler.ledger.seen.nonzero().flatten().tolist() == [1, 5]
+
+
+def test_ids_that_are_not_planned_weigh_1():
+    sampler = Returns(4, Plan(np.array([0, 1]), np.array([2, 4], dtype=np.float32)))
+    loss = sampler.observe(torch.tensor([1, 3]), torch.tensor([1.0, 1.0], requires_grad=True))
+    assert loss.item() == 2.5
 
 
 def test_progress_counts_epochs_and_their_share():

@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from samplewise.cuda_ext import Ledger
-from samplewise.loaders import Plan
-from samplewise.loaders.plan import write_weights
+from samplewise.loaders import Plan, PlannedSampler
 
 
 def checked(ids, weights=None, size=10):
@@ -15,13 +14,13 @@ def test_check_gives_exact_dtypes():
     plan = checked(np.array([3, 1], dtype=np.uint16), [1, 2])
     assert plan.ids.dtype == np.int64
     assert plan.weights.dtype == np.float32
-    assert list(checked(range(9, 0, -2)).ids) == [1, 3, 5, 7, 9]
+    assert list(checked(range(9, 0, -2)).ids) == [9, 7, 5, 3, 1]
 
 
 @pytest.mark.parametrize(
     ("ids", "weights", "error", "message"),
     [
-        ([], None, TypeError, "int64"),
+        ([], None, ValueError, "empty"),
         (np.array([], dtype=np.int64), None, ValueError, "empty"),
         (range(0), None, ValueError, "empty"),
         ([0.0, 1.0], None, TypeError, "int64"),
@@ -54,8 +53,36 @@ def test_summary():
     assert empty == {"kept": 0.5, "coverage": 0.5, "ess": 1.0, "max_weight": 1.0, "staleness": 0.0}
 
 
-def test_repeated_ids_carry_the_mean_of_their_weights():
-    ledger = Ledger(5)
-    plans = [checked(np.array([0, 1, 1]), [1, 2, 4], 5), checked(range(1, 3), None, 5)]
-    write_weights(ledger, plans)
-    assert ledger.column("weight").tolist() == pytest.approx([1, 7 / 3, 1, 0, 0])
+@pytest.mark.parametrize("ids", [range(9, -1, -1), range(8, 1, -3)])
+def test_descending_ranges_keep_their_weights(ids):
+    plan = checked(ids, np.arange(len(ids)) + 1)
+    assert plan.take(np.arange(len(ids))).tolist() == list(ids)
+    assert plan.summary(Ledger(10), 0)["coverage"] == len(ids) / 10
+
+
+class Two(PlannedSampler):
+    """Plan 0 weighs 1, plan 1 weighs 3, plan 2 has no weights."""
+
+    def plan(self, epoch, rng):
+        weights = None if epoch == 2 else np.full(self.size, 1.0 + 2 * epoch, np.float32)
+        return Plan(np.arange(self.size)[::-1].copy(), weights)
+
+
+def test_a_sample_that_an_epoch_shows_twice_carries_the_mean_of_its_weights():
+    sampler = Two(100, epoch_length=150)
+    shown = np.fromiter(sampler, np.int64)
+    weights = sampler.ledger.weights(torch.from_numpy(shown)).numpy()
+    twice = np.bincount(shown)[shown] == 2
+    assert weights[twice].tolist() == [2] * 100  # once in plan 0, once in plan 1
+    assert weights[~twice].tolist() == [1] * 50
+    assert sampler.current_plan.weights.sum() == 100 + 50 * 3
+
+
+def test_weights_follow_the_epoch():
+    sampler = Two(10)
+    for epoch, weight in enumerate([1, 3, 0]):
+        sampler.set_epoch(epoch)
+        len(sampler)
+        assert sampler.ledger.column("weight").tolist() == [weight] * 10
+    loss = sampler.observe(torch.tensor([4]), torch.tensor([5.0], requires_grad=True))
+    assert loss.item() == 5

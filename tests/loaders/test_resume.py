@@ -141,8 +141,8 @@ def test_states_are_live_like_a_modules():
     sampler = HardHalf(SIZE)
     live, copied = sampler.state_dict(), copy.deepcopy(sampler.state_dict())
     train_epoch(sampler, stop=1)
-    assert live["cursor"].tolist() == [7, 1]
-    assert copied["cursor"].tolist() == [0, 0]
+    assert live["cursor"].tolist() == [7, 1, 7, -1]
+    assert copied["cursor"].tolist() == [0, 0, 0, -1]
 
 
 def test_t10_in_a_new_process(tmp_path):
@@ -225,6 +225,43 @@ def test_t11_stateful_dataloader_with_rare_snapshots(workers):
             assert done == len(whole)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_t11_the_plain_loop_with_both_states(workers):
+    """As the README says: the loop reads the sampler's epoch before the loader restores anything."""
+    loader, sampler = make(HardHalf, StatefulDataLoader, workers)
+    states = []
+    whole = run(loader, sampler, lambda: states.append(saved((loader.state_dict(), sampler.state_dict()))))
+    for done in range(1, len(states), 1 if workers == 0 else 5):
+        loader, resumed = make(HardHalf, StatefulDataLoader, workers)
+        loader.load_state_dict(states[done - 1][0])
+        resumed.load_state_dict(states[done - 1][1])
+        assert run(loader, resumed) == whole[done:]
+
+
+def test_t11_a_loader_that_drops_its_last_batch():
+    """Saved behind the last whole batch of an epoch and resumed in a loop without set_epoch: it goes on for ever."""
+
+    def build():
+        sampler = Everything(40)
+        data = with_ids(range(40))
+        return sampler, StatefulDataLoader(data, batch_size=7, sampler=sampler, drop_last=True, num_workers=2)
+
+    sampler, loader = build()
+    for ids, _ in loader:
+        sampler.observe(ids, loss_of(ids))
+        state = saved(loader.state_dict())
+    resumed, loader = build()
+    loader.load_state_dict(state)
+    passes = []
+    for _ in range(3):
+        passes.append(0)
+        for ids, _ in loader:
+            resumed.observe(ids, loss_of(ids))
+            passes[-1] += 1
+    assert passes[1:] == [5, 5]
+    assert resumed.epoch == 2
+
+
 def test_the_iterators_state_is_small_and_jsonable():
     sampler = HardHalf(SIZE)
     it = iter(sampler)
@@ -244,6 +281,9 @@ def test_the_iterators_state_is_small_and_jsonable():
     [
         (lambda: HardHalf(61), "data set of 60 samples, this one has 61"),
         (lambda: HardHalf(60, seed=1), "seed=0"),
+        (lambda: HardHalf(60, shuffle=False), "shuffle=True"),
+        (lambda: HardHalf(60, drop_last=True), "drop_last=False"),
+        (lambda: HardHalf(60, ema=0.5), "ema=0.9"),
         (lambda: HardHalf(60, fingerprint="other"), "fingerprint"),
         (lambda: Everything(60), "sampler='HardHalf'"),
     ],

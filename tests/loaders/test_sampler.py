@@ -150,6 +150,69 @@ def test_t7_forgotten_set_epoch_with_a_loader_that_drops_its_last_batch():
     assert epochs == [(0, 8), (1, 8), (2, 8)]
 
 
+def test_t7_forgotten_set_epoch_in_a_loop_that_skips_batches():
+    sampler = Everything(40)
+    loader = DataLoader(with_ids(range(40)), batch_size=8, sampler=sampler)
+    orders = []
+    for _ in range(3):
+        batches = list(loader)
+        orders.append(torch.cat([ids for ids, _ in batches]).tolist())
+        for ids, _ in batches[:-2]:
+            sampler.observe(ids, loss_of(ids))
+    assert sampler.epoch == 2
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_an_epoch_left_early_and_begun_again_is_warned_of_and_counted_right():
+    sampler = Everything(40)
+    loader = DataLoader(with_ids(range(40)), batch_size=8, sampler=sampler)
+    train_epoch(sampler, batch_size=8, stop=3)
+    with pytest.warns(UserWarning, match=r"left early.*set_epoch"):
+        train_epoch(sampler, batch_size=8, stop=2)
+    assert sampler.consumed == 16
+    next(iter(loader))  # a look at a batch between two of training is no new beginning
+    order = list(Everything(40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for begin in (16, 24):
+            ids = torch.tensor(order[begin : begin + 8])
+            sampler.observe(ids, loss_of(ids))
+    assert sampler.consumed == 32
+
+
+def test_with_several_ranks_iterating_is_not_collective_once_set_epoch_is_used():
+    sampler = Everything(8, num_replicas=2, rank=0)
+    sampler.set_epoch(0)
+    train_epoch(sampler)
+    iter(sampler)
+    assert sampler.epoch == 0
+
+
+def test_integers_of_numpy_and_torch():
+    sampler = Everything(np.int64(10), seed=np.int32(3), num_replicas=np.int64(1), rank=np.int64(0))
+    sampler.set_epoch(np.int64(2))
+    sampler.set_epoch(torch.tensor(2))
+    assert type(sampler.epoch) is int
+    assert type(sampler.seed) is int
+    for wrong in (2.5, True, "2", None):
+        with pytest.raises(TypeError, match="epoch"):
+            sampler.set_epoch(wrong)
+    assert sampler.epoch == 2
+
+
+def test_a_data_set_that_grew():
+    old = HardHalf(20)
+    train_epoch(old)
+    new = HardHalf(20)
+    new.load_state_dict(old.state_dict())
+    new.grow(30)
+    assert max(new) < 20  # the plan in progress stays
+    new.set_epoch(new.epoch + 1)
+    assert set(range(20, 30)) <= set(new)  # unseen ones are kept
+    with pytest.raises(ValueError, match=r"grow\(30\)"):
+        HardHalf(30).load_state_dict(old.state_dict())
+
+
 def test_set_epoch_back_and_ahead():
     sampler = Everything(20)
     sampler.set_epoch(5)
@@ -256,9 +319,13 @@ def test_t24_persistent_workers_follow_every_new_plan():
         ({"size": 10.0}, TypeError, r"len\(dataset\)"),
         ({"size": [1, 2]}, TypeError, r"len\(dataset\)"),
         ({"size": 10, "seed": -1}, ValueError, "seed"),
-        ({"size": 10, "seed": 1.5}, ValueError, "seed"),
+        ({"size": 10, "seed": 1.5}, TypeError, "seed"),
         ({"size": 10, "epoch_length": 0}, ValueError, "epoch_length"),
-        ({"size": 10, "epoch_length": "epoch"}, ValueError, "epoch_length"),
+        ({"size": 10, "epoch_length": "epoch"}, TypeError, "epoch_length"),
+        ({"size": 10, "epoch_length": 10**9}, ValueError, "epoch_length"),
+        ({"size": 0}, ValueError, r"Everything\(size=0\)"),
+        ({"size": 10, "fingerprint": 3}, TypeError, "fingerprint"),
+        ({"size": 10, "ema": None}, TypeError, "ema"),
         ({"size": 10, "ema": 1.0}, ValueError, "ema"),
         ({"size": 10, "num_replicas": 2, "rank": 2}, ValueError, "rank"),
         ({"size": 10, "num_replicas": 0, "rank": 0}, ValueError, "num_replicas"),
