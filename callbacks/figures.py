@@ -1,4 +1,4 @@
-"""The report's plots: numbers in, PNG bytes out. Needs matplotlib: `pip install samplewise[report]`."""
+"""The report's plots: numbers in, PNG bytes out. Needs matplotlib: `pip install 'samplewise[report]'`."""
 
 import functools
 import io
@@ -44,7 +44,7 @@ def styled(plot: Plot) -> Plot:
         try:
             from matplotlib import rc_context
         except ImportError as error:
-            raise ImportError("the report's plots need matplotlib: pip install samplewise[report]") from error
+            raise ImportError("the report's plots need matplotlib: pip install 'samplewise[report]'") from error
         with rc_context(STYLE):
             return plot(*args, **kwargs)
 

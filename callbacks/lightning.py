@@ -76,6 +76,7 @@ class SamplingCallback(Callback):
         self._kept: list[float] = []  # share kept in each epoch that ended
         self._ended = -1  # the last epoch that ended
         self._batch_size: int | None = None
+        self._step_before = -1  # batches observed before the epoch in progress
         self._before: int | None = None  # samples consumed before the batch in progress
         self._recording = True
         self._refuse_state = self._restored = self._stale = False
@@ -147,6 +148,7 @@ class SamplingCallback(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle(trainer)  # Lightning called set_epoch, and iterates the loader after this
+        self._step_before = self.sampler.step
         if not self.sampler.consumed:
             summary = self.sampler.current_plan.summary(self.sampler.ledger, self.sampler.step)
             self._figures = {key: summary[key] for key in ("kept", "coverage", "ess", "staleness")}
@@ -178,6 +180,13 @@ class SamplingCallback(Callback):
     def _end_epoch(self) -> None:
         """From here on, a checkpoint is one of the next epoch's start."""
         if self._ended != self.sampler.epoch:
+            wanted = self.sampler.uses_losses and self.sampler.recording
+            if wanted and self.sampler.step == self._step_before:
+                warnings.warn(
+                    f"SamplingCallback: no loss was recorded in epoch {self.sampler.epoch}, so that nothing can be "
+                    f"chosen by it. Return sampler.observe(ids, losses) from training_step.",
+                    stacklevel=2,
+                )
             self.sampler.epoch_samples = self.sampler.consumed
             self._kept.append(self._figures.get("kept", 1.0))
             self._ended = self.sampler.epoch
@@ -232,6 +241,13 @@ def _check_installed(trainer: Any) -> None:
 def _check_trainer(trainer: Any, sampler: PlannedSampler) -> None:
     if sum(isinstance(other, SamplingCallback) and other.sampler is sampler for other in trainer.callbacks) > 1:
         raise RuntimeError("SamplingCallback: two of them have the same sampler; give the trainer one.")
+    epochs, planned = trainer.max_epochs, getattr(sampler, "epochs", None)
+    if planned is not None and epochs is not None and epochs >= 0 and epochs != planned:
+        warnings.warn(
+            f"SamplingCallback: {type(sampler).__name__}(epochs={planned}), but Trainer(max_epochs={epochs}): the "
+            f"method anneals by its own number of epochs; make them equal.",
+            stacklevel=2,
+        )
     if overfit := trainer.overfit_batches:
         raise RuntimeError(
             f"SamplingCallback: Trainer(overfit_batches={overfit}) makes Lightning replace the sampler by a sequential "
@@ -257,7 +273,7 @@ def _planned_loader(trainer: Any, sampler: PlannedSampler) -> int:
     found = [index for index, loader in enumerate(loaders) if _has_sampler(loader, sampler)]
     if len(found) > 1:
         raise RuntimeError(
-            f"SamplingCallback: {len(found)} training loaders have the same sampler; make one sampler for each."
+            f"SamplingCallback: {len(found)} training loaders have the same sampler; one run takes one planned loader."
         )
     if not found:
         raise RuntimeError(f"SamplingCallback: the training loader has another sampler: {_found_instead(loaders)}")

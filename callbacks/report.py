@@ -115,7 +115,7 @@ class SamplingReport(Callback):
         if not isinstance(sampler, PlannedSampler):
             raise TypeError(f"SamplingReport(sampler={type(sampler).__name__}): a PlannedSampler is needed")
         if path is not None and find_spec("matplotlib") is None:
-            raise ImportError("SamplingReport's plots need matplotlib: pip install samplewise[report]")
+            raise ImportError("SamplingReport's plots need matplotlib: pip install 'samplewise[report]'")
         self.sampler, self.path, self.observe, self.title = sampler, path, observe, title
         self.labels = None if labels is None else np.asarray(labels).astype(np.int64)
         if self.labels is not None and self.labels.shape != (sampler.size,):
@@ -268,7 +268,8 @@ def savings(records: Sequence[EpochRecord], size: int) -> str:
         f"Trained on {used:,} of {full:,} samples ({1 - used / full:.0%} fewer) in {len(records)} epochs and "
         f"{sum(record.steps for record in records):,} steps. At this run's speed the full epochs would have taken "
         f"about {whole:.1f} s; this run took {seconds:.1f} s, of which planning {planning:.2f} s and bookkeeping "
-        f"{bookkeeping:.2f} s: {'a net saving' if net >= 0 else 'a net loss'} of {abs(net):.1f} s."
+        f"{f'{bookkeeping:.2f} s' if bookkeeping else '(not measured: no Stopwatch was given)'}: "
+        f"{'a net saving' if net >= 0 else 'a net loss'} of {abs(net):.1f} s."
     )
 
 

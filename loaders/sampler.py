@@ -67,8 +67,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         plan_seconds: seconds that the last planning took, the ledger's sync included.
     """
 
-    accepts_batch_loss = False
-    """Whether :meth:`observe` takes a batch's mean loss, to be recorded for each of its samples."""
+    accepts_batch_loss = False  # whether observe() takes a batch's mean loss, to be recorded for each of its samples
+    uses_losses = True  # whether plans depend on what observe() records
 
     def __init__(
         self,

@@ -135,6 +135,8 @@ class RS2(PlannedSampler):
         TypeError: for labels that are no integers.
     """
 
+    uses_losses = False
+
     def __init__(
         self,
         size: int,

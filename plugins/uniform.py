@@ -15,6 +15,8 @@ class Uniform(PlannedSampler):
         **common: the options of every sampler, see :class:`samplewise.loaders.PlannedSampler`.
     """
 
+    uses_losses = False
+
     def plan(self, epoch: int, rng: np.random.Generator) -> Plan:
         """The whole data set."""
         return Plan(range(self.size))

@@ -56,7 +56,7 @@ class Hub:
     def fetch(self, folder: Path, say: Say) -> None:
         """Load the data set and save it into `folder`; one short probe first, so that offline machines do not wait."""
         if importlib.util.find_spec("datasets") is None:
-            raise AssetError("`datasets` is not installed (pip install samplewise[hf])")
+            raise AssetError("`datasets` is not installed (pip install 'samplewise[hf]')")
         if any(os.environ.get(name, "") not in ("", "0") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
             raise AssetError("switched off by HF_HUB_OFFLINE or HF_DATASETS_OFFLINE")
         try:
@@ -311,9 +311,10 @@ def _reason(log: str) -> str:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # the program removes its temporary files meanwhile
-            total += path.stat().st_size
+    for root, _, names in os.walk(folder):  # which skips folders that the program removes meanwhile; rglob raises
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(root, name)).st_size
     return total
 
 

@@ -97,7 +97,7 @@ def findings(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
             text += f", {_compared(row, base)} uniform on everything ({_score(base)})"
             text += f"; {row['seconds']:.1f} s a run against {base['seconds']:.1f} s"
         if row["vs_equal_steps"] is not None:
-            text += f"; {row['vs_equal_steps']:+.4f} ± {row['vs_equal_steps_sd']:.4f} to uniform with as many steps"
+            text += f"; {_difference(row, 'vs_equal_steps')} against uniform with as many steps"
         sentences.append(f"{text}.")
     return sentences
 
@@ -116,7 +116,7 @@ def not_learnt(runs: Sequence[Run], metric: str, classes: int) -> list[str]:
 def _compared(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     difference = row["mean"] - base["mean"]
     if base["seeds"] < 2:
-        return f"{difference:+.4f} (one seed: no spread to judge it by) to"
+        return f"{difference:+.4f} (one seed: no spread to judge it by) against"
     if abs(difference) <= base["sd"]:
         return "within one standard deviation of"
     return f"more than one standard deviation {'above' if difference > 0 else 'below'}"
@@ -204,24 +204,29 @@ _TIME = "Mean seconds of a run. Bookkeeping is the time the host spends in it, o
 
 def _html_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     header = [
-        "", metric, "to uniform", "to equal steps", "samples", "fewer", "steps", "seconds", "planning", "bookkeeping",
+        "", metric, "against uniform", "against equal steps", "samples", "fewer", "steps", "seconds", "planning",
+        "bookkeeping",
     ]  # fmt: skip
     return Table(header, [_cells(row) for row in rows])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    def difference(key: str) -> str:
-        return "" if row[key] is None else f"{row[key]:+.4f} ± {row[f'{key}_sd']:.4f}"
-
     return [
-        row["label"], _score(row), difference("vs_uniform"), difference("vs_equal_steps"), f"{row['samples']:,.0f}",
+        row["label"], _score(row), _difference(row, "vs_uniform"), _difference(row, "vs_equal_steps"),
+        f"{row['samples']:,.0f}",
         f"{row['fewer_samples']:.0%}", f"{row['steps']:,.0f}", f"{row['seconds']:.1f}", f"{row['plan_seconds']:.2f}",
         f"{row['observe_seconds']:.2f}",
     ]  # fmt: skip
 
 
 def _score(row: Mapping[str, Any]) -> str:
-    return f"{row['mean']:.4f} ± {row['sd']:.4f}"
+    return f"{row['mean']:.4f}" + (f" ± {row['sd']:.4f}" if row["seeds"] > 1 else "")
+
+
+def _difference(row: Mapping[str, Any], key: str) -> str:
+    if row[key] is None:
+        return ""
+    return f"{row[key]:+.4f}" + (f" ± {row[f'{key}_sd']:.4f}" if row["seeds"] > 1 else "")
 
 
 def _dots(runs: Sequence[Run], arms: Sequence[Arm], metric: str) -> bytes:

@@ -126,3 +126,26 @@ def test_a_missing_extra_is_named(monkeypatch, name, part):
     with pytest.raises(ImportError, match=rf"{name} needs lightning.*pip install 'samplewise\[lightning"):
         getattr(callbacks, name)
     assert callbacks.BudgetSchedule
+
+
+class Forgetful(Model):
+    """Takes the mean of the losses itself."""
+
+    def training_step(self, batch, batch_idx):
+        return self.losses(batch)[1].mean()
+
+
+class Named(Everything):
+    """A method that anneals by its own number of epochs."""
+
+    epochs = 5
+
+
+def test_a_run_that_records_no_loss_is_warned_of():
+    with pytest.warns(UserWarning, match=r"no loss was recorded in epoch 0.*sampler\.observe"):
+        fit(Everything(SIZE), kind=Forgetful, max_epochs=1)
+
+
+def test_other_epochs_than_the_methods_are_warned_of():
+    with pytest.warns(UserWarning, match=r"Named\(epochs=5\), but Trainer\(max_epochs=1\)"):
+        fit(Named(SIZE), max_epochs=1)

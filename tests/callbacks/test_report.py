@@ -166,7 +166,7 @@ def test_arguments():
 
 def test_missing_matplotlib_is_said_at_construction(monkeypatch):
     monkeypatch.setattr("samplewise.callbacks.report.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install samplewise\[report\]"):
+    with pytest.raises(ImportError, match=r"pip install 'samplewise\[report\]'"):
         SamplingReport(Everything(SIZE))
     SamplingReport(Everything(SIZE), None)
 
@@ -180,7 +180,7 @@ def test_missing_matplotlib_is_said_by_a_plot(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install samplewise\[report\]"):
+    with pytest.raises(ImportError, match=r"pip install 'samplewise\[report\]'"):
         figures.lines([Line("a", [0], [1])], x="x", y="y")
 
 

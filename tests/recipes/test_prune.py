@@ -222,4 +222,4 @@ def test_a_run_that_did_not_learn_is_named():
 def test_one_seed_has_no_spread_to_judge_by():
     runs = made("uniform", None, [0.8]) + made("seta", None, [0.7])
     (sentence,) = findings(summarise(runs, [Arm("uniform"), Arm("seta")], 100), "accuracy")
-    assert "-0.1000 (one seed: no spread to judge it by) to uniform" in sentence
+    assert "-0.1000 (one seed: no spread to judge it by) against uniform" in sentence
