@@ -60,6 +60,10 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
+class DataError(AssetError, ValueError):
+    """A folder whose files are not understood."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What there is to learn.
@@ -98,7 +102,7 @@ def load_task(data: str, *, train_size: int = 0, label_noise: float = 0.0, say: 
 
     Raises:
         AssetError: the data could not be had; the message lists what was tried.
-        ValueError: a folder whose files are not understood.
+        DataError: a folder whose files are not understood.
     """
     name, source, arrays = _find(data, say)
     train_x, train_y = _tensors(arrays, "train")
@@ -160,7 +164,7 @@ def read_folder(folder: Path) -> Arrays:
     """`train_x`, `train_y`, `test_x`, `test_y` (and `codes` for tables) of a folder in one of the module's layouts.
 
     Raises:
-        ValueError: none of the layouts is there, or arrays are missing or of different lengths.
+        DataError: none of the layouts is there, or arrays are missing or of different lengths.
     """
     readers: tuple[tuple[str, Callable[[Path], Arrays]], ...] = (
         ("arrays.npz", _read_npz),
@@ -175,7 +179,7 @@ def read_folder(folder: Path) -> Arrays:
                 _save_beside(folder, arrays)
             return arrays
     wanted = ", ".join(pattern for pattern, _ in readers)
-    raise ValueError(f"data={str(folder)!r}: the folder holds none of {wanted}; see samplewise.recipes.data")
+    raise DataError(f"data={str(folder)!r}: the folder holds none of {wanted}; see samplewise.recipes.data")
 
 
 def _read_npz(folder: Path) -> Arrays:
@@ -183,10 +187,10 @@ def _read_npz(folder: Path) -> Arrays:
         arrays = {key: file[key] for key in file.files}
     missing = [key for key in ("train_x", "train_y", "test_x", "test_y") if key not in arrays]
     if missing:
-        raise ValueError(f"data={str(folder)!r}: arrays.npz lacks {', '.join(missing)}")
+        raise DataError(f"data={str(folder)!r}: arrays.npz lacks {', '.join(missing)}")
     for part in ("train", "test"):
         if len(arrays[f"{part}_x"]) != len(arrays[f"{part}_y"]):
-            raise ValueError(f"data={str(folder)!r}: {part}_x and {part}_y have different lengths")
+            raise DataError(f"data={str(folder)!r}: {part}_x and {part}_y have different lengths")
     return arrays
 
 
@@ -207,10 +211,10 @@ def _idx(folder: Path, name: str) -> np.ndarray:
     """One idx file: two zero bytes, type, number of dimensions, the big-endian sizes, the bytes."""
     path = next(iter(sorted(folder.glob(f"{name}-idx?-ubyte*"))), None)
     if path is None:
-        raise ValueError(f"data={str(folder)!r}: no file {name}-idx?-ubyte[.gz] beside the others")
+        raise DataError(f"data={str(folder)!r}: no file {name}-idx?-ubyte[.gz] beside the others")
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is not an idx file of bytes")
+        raise DataError(f"{path.name} is not an idx file of bytes")
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
@@ -225,7 +229,7 @@ def _read_saved(folder: Path) -> Arrays:
     image = next((name for name, kind in columns.items() if isinstance(kind, Image)), None)
     label = next((name for name in ("label", "labels", "fine_label", "coarse_label") if name in columns), None)
     if test is None or image is None or label is None:
-        raise ValueError(f"data={str(folder)!r}: needs train and test parts with an image and a label column")
+        raise DataError(f"data={str(folder)!r}: needs train and test parts with an image and a label column")
     arrays: Arrays = {}
     for part, rows in (("train", saved["train"]), ("test", saved[test])):
         arrays[f"{part}_x"] = np.stack([np.asarray(picture) for picture in rows[image]])
@@ -278,7 +282,7 @@ def _csv(folder: Path, name: str) -> Iterator[dict[str, Any]]:
         with zipfile.ZipFile(folder / f"{name}.zip") as zipped, zipped.open(name) as raw:
             yield from csv.DictReader(io.TextIOWrapper(raw, newline=""))
     else:
-        raise ValueError(f"data={str(folder)!r}: needs {name} or {name}.zip")
+        raise DataError(f"data={str(folder)!r}: needs {name} or {name}.zip")
 
 
 def _number(text: str) -> float:

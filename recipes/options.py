@@ -114,6 +114,11 @@ def convert(hint: Any, value: object) -> object:
     if isinstance(value, str) and _is_list(hint) and not value.lstrip().startswith("["):
         value = [part.strip() for part in value.split(",") if part.strip()]
     shown = repr(value)  # the parser converts lists in place
+    item = get_args(hint)[0] if get_origin(hint) is list else None
+    known = get_args(item) if get_origin(item) is Literal else ()
+    wrong = [part for part in value if part not in known] if known and isinstance(value, list) else []
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not {describe(item)}; [] is an empty list")
     try:
         return _parser(hint).parse_object({"value": value}, defaults=False).value
     except (ArgumentError, TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ bookkeeping apart.
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -131,7 +132,7 @@ class PruneOptions:
             ("devices", self.devices >= 1, "must be >= 1"),
             ("workers", self.workers >= 0, "must be >= 0"),
             ("threads", self.threads >= 0, "must be >= 0; 0 leaves torch's choice"),
-            ("out", not Path(self.out).is_file(), "is a file; give a folder"),
+            ("out", _is_writable(Path(self.out)), "is no folder that can be written"),
         ]
         errors = [f"{name}={getattr(self, name)!r}: {rule}" for name, holds, rule in rules if not holds]
         if errors:
@@ -225,6 +226,13 @@ def train(
     module = Classifier(network, options, task.metric, sampler, observe, steps)
     trainer.fit(module, train_loader, None if steps else test_loader)
     return float(trainer.validate(module, test_loader, verbose=False)[0][f"val_{task.metric}"])
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether results can be written there: the folder is made, or the nearest one above it that exists is writable."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
