@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from samplewise.cuda_ext.checks import integer, share
 from samplewise.loaders import PlannedSampler
 
 Shape = Literal["cosine", "linear", "rex"]
@@ -76,13 +77,14 @@ class BudgetSchedule(LRScheduler):
             raise ValueError(
                 f"BudgetSchedule(epochs={epochs}, steps={steps}): give the budget once, in epochs or in steps."
             )
-        for name, value in (("epochs", epochs), ("steps", steps)):
-            if value is not None and not value > 0:
-                raise ValueError(f"BudgetSchedule({name}={value}): the budget must be > 0.")
-        if shape not in SHAPES:
-            raise ValueError(f"BudgetSchedule(shape={shape!r}): there are {', '.join(map(repr, SHAPES))}.")
-        if not 0 <= warmup < 1:
-            raise ValueError(f"BudgetSchedule(warmup={warmup}): warmup is a share of the budget and must be in [0, 1).")
+        owner = "BudgetSchedule"
+        if epochs is not None:
+            epochs = share(owner, "epochs", epochs, high=math.inf, ends="()", what="the budget")
+        if steps is not None:
+            steps = integer(owner, "steps", steps, 1, what="the budget")
+        if not isinstance(shape, str) or shape not in SHAPES:
+            raise ValueError(f"{owner}(shape={shape!r}): there are {', '.join(map(repr, SHAPES))}.")
+        warmup = share(owner, "warmup", warmup, ends="[)", what="a share of the budget")
         self.sampler, self.epochs, self.steps, self.shape, self.warmup = sampler, epochs, steps, shape, warmup
         super().__init__(optimizer)
 
@@ -108,5 +110,6 @@ class BudgetSchedule(LRScheduler):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and strings; the sampler has a state of its own."""
-        return {key: value for key, value in super().state_dict().items() if key != "sampler"}
+        """Numbers only. The budget and the shape are the constructor's: a run may be resumed with a longer budget."""
+        own = ("sampler", "epochs", "steps", "shape", "warmup")
+        return {key: value for key, value in super().state_dict().items() if key not in own}

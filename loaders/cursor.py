@@ -21,8 +21,9 @@ class Cursor:
 
     def __init__(self, values: tuple[int, int, int, int]):
         self._values = np.array(values, dtype=np.int64)
-        self.start = self._begun = values[_CONSUMED]
+        self.start = values[_CONSUMED]
         self.latest: OrderIterator | None = None
+        self._drawn = False  # whether an iterator before the latest was exhausted
         self.iterated_again = False
 
     @classmethod
@@ -79,22 +80,20 @@ class Cursor:
     def begin(self, iterator: OrderIterator) -> None:
         """A new iterator was made."""
         self.iterated_again = self.consumed > self.start
-        self._begun = self.consumed
+        self._drawn = self._all_drawn()
         self.latest = iterator
+
+    def _all_drawn(self) -> bool:
+        return self._drawn or (self.latest is not None and self.latest.exhausted)
 
     def is_complete(self, total: int) -> bool:
         """Whether the model has trained on all of the epoch."""
         return self.consumed >= self.end(total)
 
     def is_left(self, total: int) -> bool:
-        """Whether a loop that iterates anew is through with the epoch, though it dropped or skipped some batches.
+        """Whether a loop that iterates anew is through with the epoch, but for a last batch that its loader drops.
 
         To be asked only then: a loader that fetches ahead has drawn all ids long before the model is done.
         """
-        if self.is_complete(total):
-            return True
-        if self.latest is None or not self.latest.exhausted:
-            return False
         left = self.end(total) - self.consumed
-        dropped_at_once = self.consumed == self.start > 0 and left < self._values[_LARGEST]  # a resume's whole rest
-        return bool(self.consumed > self._begun or dropped_at_once)
+        return left <= 0 or (self.consumed > 0 and self._all_drawn() and left < int(self._values[_LARGEST]))

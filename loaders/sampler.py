@@ -201,6 +201,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
     @property
     def rank(self) -> int:
         """This process's rank, looked up when it is asked for."""
+        if self._num_replicas == 1:
+            return 0
         return ledger.rank() if self._rank is None else self._rank
 
     @rank.setter
@@ -229,20 +231,13 @@ class PlannedSampler(DistributedSampler[int], ABC):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        # With several ranks a new epoch is collective, and some loops look at a batch on one rank only.
-        if self._loop_needs_a_new_epoch():
+        # Never behind the back of a loop that calls set_epoch(): it may just look at a batch, or evaluate.
+        if not self._set_epoch_called and self._cursor.is_left(self.total_size):
             self._go_to(self.epoch + 1)
         start = self._cursor.start // self.num_replicas
         iterator = OrderIterator(self._order(), self.epoch, start, self._previous_order)
         self._cursor.begin(iterator)
         return iterator
-
-    def _loop_needs_a_new_epoch(self) -> bool:
-        total = self.total_size
-        if not self._set_epoch_called:
-            return self._cursor.is_left(total)
-        # A new epoch is collective with several ranks, and one of them may just look at a batch.
-        return self.num_replicas == 1 and self._cursor.is_complete(total)
 
     def _order(self) -> Order:
         total = self.total_size  # makes the plan where there is none yet
@@ -354,17 +349,19 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self._ensure_planned()
         return {
             "version": VERSION,
-            "sampler": type(self).__name__,
+            **self._identity(),
             "size": self.size,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "drop_last": self.drop_last,
             "epoch": self.epoch,
             "cursor": self._cursor.tensor,
             "total": self.total_size,
             "segments": [segment.state() for segment in self._segments],
             "ledger": self.ledger.state_dict(),
         }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree on."""
+        options = ("seed", "shuffle", "drop_last", "epoch_length")
+        return {"sampler": type(self).__name__, **{key: getattr(self, key) for key in options}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was saved: the next iterator starts behind the consumed samples.
@@ -377,8 +374,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         name = type(self).__name__
         if state.get("version") != VERSION:
             raise ValueError(f"{name} state: version {state.get('version')} was saved, this release reads {VERSION}.")
-        options = {"sampler": name, "seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
-        for key, own in options.items():
+        for key, own in self._identity().items():
             if state[key] != own:
                 raise ValueError(
                     f"{name} state: it was saved with {key}={state[key]!r}, this one has {own!r}; "

@@ -4,6 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from samplewise.callbacks import BudgetSchedule
 from samplewise.loaders import PlannedSampler
 from samplewise.plugins import RS2, InfoBatch, SeTa, Uniform
 
@@ -51,6 +56,40 @@ def plan_arms(methods: Sequence[str], controls: Sequence[str]) -> list[Arm]:
     pruning = [method for method in methods if method != "uniform"]
     pairs = [Arm(control, method) for method in pruning for control in controls if control != method]
     return [*(Arm(method) for method in methods), *pairs]
+
+
+class SameRates(BudgetSchedule):
+    """Gives a control, step for step, the learning rates that the method it controls for had.
+
+    A method's schedule follows its epochs, which are not equally long, so that a control's own schedule would spend
+    other shares of the steps at high and low rates.
+
+    Args:
+        optimizer: as for BudgetSchedule.
+        sampler: the control's.
+        ends: optimizer steps that the method had taken at the end of each epoch.
+        warmup: as for BudgetSchedule.
+    """
+
+    def __init__(self, optimizer: Optimizer, sampler: PlannedSampler, ends: Sequence[int], *, warmup: float):
+        self.ends = ends
+        super().__init__(optimizer, sampler, steps=ends[-1], warmup=warmup)
+
+    @property
+    @override
+    def share(self) -> float:
+        """The method's share of the budget after as many steps."""
+        epochs = len(self.ends)
+        return float(np.interp(self.last_epoch, [0, *self.ends], np.arange(epochs + 1) / epochs))
+
+
+def make_schedule(
+    optimizer: Optimizer, sampler: PlannedSampler, epochs: int, ends: Sequence[int] = ()
+) -> BudgetSchedule:
+    """Warm-up over 5 % of the budget, then a cosine down to 0; with `ends`, a control's, see `SameRates`."""
+    if ends:
+        return SameRates(optimizer, sampler, ends, warmup=0.05)
+    return BudgetSchedule(optimizer, sampler, epochs=epochs, warmup=0.05)
 
 
 def make_sampler(arm: Arm, size: int, seed: int, options: "PruneOptions", steps: int = 0) -> PlannedSampler:

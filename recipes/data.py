@@ -12,6 +12,7 @@ import gzip
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -174,7 +175,11 @@ def read_folder(folder: Path) -> Arrays:
     )
     for pattern, reader in readers:
         if next(folder.glob(pattern), None) is not None:
-            arrays = reader(folder)
+            try:
+                arrays = reader(folder)
+            except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                hint = "; it is a cache: delete the folder and run again" if (folder / MARKER).is_file() else ""
+                raise DataError(f"data={str(folder)!r}: cannot be read: {error}{hint}") from error
             if reader in (_read_flights, _read_saved) and (folder / MARKER).is_file():
                 _save_beside(folder, arrays)
             return arrays
@@ -260,15 +265,15 @@ def _read_flights(folder: Path) -> Arrays:
         words.append([known[name] for name in CODES])
         labels.append(row["dep_delay"] == "NA" or float(row["dep_delay"]) > 15)
         weeks.append(day.timetuple().tm_yday // 7)
+    test = np.asarray(weeks) % TEST_WEEK == TEST_WEEK - 1
     table = np.asarray(numbers, dtype=np.float32)
-    table = np.where(np.isnan(table), np.nanmean(table, axis=0), table)
+    table = np.where(np.isnan(table), np.nanmean(table[~test], axis=0), table)
     columns, codes = [], []
     for column in np.asarray(words).T:
         values, code = np.unique(column, return_inverse=True)
         codes.append(len(values))
         columns.append(code.astype(np.float32))
     x, y = np.column_stack([table, *columns]).astype(np.float32), np.asarray(labels, dtype=np.int64)
-    test = np.asarray(weeks) % TEST_WEEK == TEST_WEEK - 1
     return {
         "train_x": x[~test], "train_y": y[~test], "test_x": x[test], "test_y": y[test], "codes": np.asarray(codes),
     }  # fmt: skip

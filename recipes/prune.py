@@ -5,7 +5,7 @@
 
 Trains the same network with each method (uniform sampling of everything, RS2, InfoBatch, SeTa) from the same initial
 weights, seed by seed, and then controls: uniform sampling and RS2 for as many optimizer steps as each pruning method
-took, the learning-rate schedule compressed to them. Writes `results.json`, `runs.csv`, `summary.csv`, `report.html` and
+took, at the same learning rates step for step. Writes `results.json`, `runs.csv`, `summary.csv`, `report.html` and
 `plots/*.png` into `--out`, and prints a table: accuracy (mean, sd), samples and steps used, seconds, with planning and
 bookkeeping apart.
 
@@ -34,10 +34,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from samplewise.callbacks import BudgetSchedule, SamplingCallback  # samplewise
+from samplewise.callbacks import SamplingCallback  # samplewise
 from samplewise.callbacks.report import SamplingReport, Stopwatch
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
-from samplewise.recipes.arms import Arm, make_sampler, plan_arms
+from samplewise.plugins.clustering import BINS
+from samplewise.recipes.arms import Arm, make_sampler, make_schedule, plan_arms
 from samplewise.recipes.data import Task, as_is, load_task
 from samplewise.recipes.models import build
 from samplewise.recipes.progress import Bars
@@ -124,7 +125,7 @@ class PruneOptions:
             ("rs2_ratio", 0 < self.rs2_ratio <= 1, "is the share of the data in an epoch and must be in (0, 1]"),
             ("infobatch_prune", 0 <= self.infobatch_prune < 1, "is a chance of being dropped and must be in [0, 1)"),
             ("seta_prune", 0 <= self.seta_prune < 1, "is a share of the data and must be in [0, 1)"),
-            ("seta_groups", self.seta_groups >= 1, "must be >= 1"),
+            ("seta_groups", 1 <= self.seta_groups <= BINS, f"must be in [1, {BINS}]"),
             ("seta_window", 0 < self.seta_window <= 1, "is a share of the groups and must be in (0, 1]"),
             ("anneal_from", 0 <= self.anneal_from <= 1, "is a share of the epochs and must be in [0, 1]"),
             ("accelerator", self.accelerator != "gpu" or cuda, "torch finds no GPU; use cpu"),
@@ -149,12 +150,12 @@ class Classifier(LightningModule):
         metric: str,
         sampler: Any,
         observe: Callable[[Tensor, Tensor], Tensor],
-        steps: int,
+        ends: Sequence[int],
     ):
         super().__init__()
         self.network, self.options, self.metric = network, options, metric
         self.sampler, self.observe = sampler, observe  # samplewise
-        self.budget: dict[str, Any] = {"steps": steps} if steps else {"epochs": options.epochs}  # samplewise
+        self.ends = ends  # samplewise
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
     @override
@@ -183,7 +184,7 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = SGD(self.parameters(), self.options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         schedule: Any = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
-        schedule = BudgetSchedule(optimizer, self.sampler, warmup=0.05, **self.budget)  # samplewise
+        schedule = make_schedule(optimizer, self.sampler, self.options.epochs, self.ends)  # samplewise
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -192,15 +193,17 @@ def train(
     options: PruneOptions,
     seed: int,
     *,
-    steps: int = 0,
+    ends: Sequence[int] = (),
     callbacks: Sequence[Callback] = (),
     sampler: Any = None,
     observe: Any = None,
 ) -> float:
-    """Train one network, for `options.epochs` epochs or, if given, `steps` optimizer steps; the metric at the end.
+    """Train one network for `options.epochs` epochs and give the metric at the end.
 
-    With `steps` it is measured at the end only.
+    With `ends`, the steps that a method had taken at the end of each epoch, train a control: for as many steps, at the
+    same learning rates; the metric is then measured at the end only.
     """
+    steps = ends[-1] if ends else 0
     torch.manual_seed(seed)
     network = build(task, options.model)
     loading: dict[str, Any] = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
@@ -223,7 +226,7 @@ def train(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    module = Classifier(network, options, task.metric, sampler, observe, steps)
+    module = Classifier(network, options, task.metric, sampler, observe, ends)
     trainer.fit(module, train_loader, None if steps else test_loader)
     return float(trainer.validate(module, test_loader, verbose=False)[0][f"val_{task.metric}"])
 
@@ -283,12 +286,12 @@ def run(options: PruneOptions) -> dict[str, Any]:
 
 
 def _run(arm: Arm, seed: int, task: Task, options: PruneOptions, before: Sequence[Run], bars: Bars) -> Run:
-    steps = next((run.steps for run in before if (run.arm.name, run.seed) == (arm.equal_to, seed)), 0)
-    sampler = make_sampler(arm, len(task.train), seed, options, steps)
+    ends = next((run.ends for run in before if (run.arm.name, run.seed) == (arm.equal_to, seed)), [])
+    sampler = make_sampler(arm, len(task.train), seed, options, ends[-1] if ends else 0)
     observe = Stopwatch(sampler.observe)
     report = SamplingReport(sampler, None, labels=task.train.y, observe=observe)
     callbacks = [report, bars.begin(f"seed {seed}: {arm.label}")]
-    score = train(task, options, seed, steps=steps, callbacks=callbacks, sampler=sampler, observe=observe)
+    score = train(task, options, seed, ends=ends, callbacks=callbacks, sampler=sampler, observe=observe)
     return Run(arm, seed, score, report.records)
 
 

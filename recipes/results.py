@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,11 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps taken."""
         return int(self.total("steps"))
+
+    @property
+    def ends(self) -> list[int]:
+        """Optimizer steps taken at the end of each epoch."""
+        return list(accumulate(record.steps for record in self.records))
 
     def line(self, full: int, metric: str) -> str:
         """The run in a line; `full` is the number of samples of full epochs."""
@@ -191,11 +197,13 @@ def report_page(results: Mapping[str, Any], runs: Sequence[Run], arms: Sequence[
 _NOTE = (
     "± is one standard deviation over the seeds. Seconds are training without validation; planning (choosing the "
     "samples, merging statistics) and bookkeeping (recording losses, applying weights) are part of them. A row "
-    "'steps of ...' is a control: the same network trained for exactly as many optimizer steps as that method took, "
-    "with the learning-rate schedule compressed to them."
+    "'steps of ...' is a control: the same network trained for exactly as many optimizer steps as that method took, at "
+    "the same learning rates step for step."
 )
 _DOTS = "A dot for each seed, a bar for their mean, a band of one standard deviation to each side."
 _LEARNING = (
+    "A method's curve ends with its finished schedule; compare it with the controls, not with the middle of another "
+    "curve. "
     "Mean over the seeds after each epoch, band of one standard deviation; the first epochs lie below. Squares and "
     "triangles are the controls: uniform sampling and RS2 for as many optimizer steps as the method of the same colour."
 )

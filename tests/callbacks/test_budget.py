@@ -156,9 +156,10 @@ def test_in_lightning_by_epoch_and_with_limited_epochs():
     [
         ({}, r"epochs=None, steps=None\): give the budget once"),
         ({"epochs": 1, "steps": 1}, "give the budget once"),
-        ({"epochs": 0}, r"BudgetSchedule\(epochs=0\): the budget must be > 0"),
+        ({"epochs": 0}, r"BudgetSchedule\(epochs=0\): epochs is the budget"),
         ({"steps": -3}, r"BudgetSchedule\(steps=-3\)"),
-        ({"epochs": math.nan}, "must be > 0"),
+        ({"epochs": math.nan}, "epochs is the budget"),
+        ({"epochs": math.inf}, "epochs is the budget"),
         ({"epochs": 1, "shape": "sine"}, r"shape='sine'\): there are 'cosine', 'linear', 'rex'"),
         ({"epochs": 1, "warmup": 1.0}, r"warmup=1.0\): warmup is a share of the budget and must be in \[0, 1\)"),
     ],
@@ -177,3 +178,19 @@ def test_no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         test_by_steps("rex", 0.0)
+
+
+def test_a_run_resumed_with_a_longer_budget_goes_on_at_its_rate():
+    sampler = Everything(8)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = BudgetSchedule(optimizer, sampler, steps=4, shape="linear")
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+    longer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    resumed = BudgetSchedule(longer, sampler, steps=8, shape="linear")
+    resumed.load_state_dict(copy.deepcopy(schedule.state_dict()))
+    longer.step()
+    resumed.step()
+    assert longer.param_groups[0]["lr"] == pytest.approx(1 - 5 / 8)

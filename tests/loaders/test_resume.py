@@ -283,6 +283,7 @@ def test_the_iterators_state_is_small_and_jsonable():
         (lambda: HardHalf(60, seed=1), "seed=0"),
         (lambda: HardHalf(60, shuffle=False), "shuffle=True"),
         (lambda: HardHalf(60, drop_last=True), "drop_last=False"),
+        (lambda: HardHalf(60, epoch_length=20), "epoch_length='plan'"),
         (lambda: HardHalf(60, ema=0.5), "ema=0.9"),
         (lambda: HardHalf(60, fingerprint="other"), "fingerprint"),
         (lambda: Everything(60), "sampler='HardHalf'"),

@@ -15,10 +15,11 @@ from sklearn.metrics import roc_auc_score
 
 from samplewise.callbacks.report import EpochRecord
 from samplewise.recipes import prune
-from samplewise.recipes.arms import Arm, make_sampler, plan_arms
+from samplewise.recipes.arms import Arm, make_sampler, make_schedule, plan_arms
 from samplewise.recipes.data import load_task
 from samplewise.recipes.prune import PruneOptions, accuracy, auc, run
 from samplewise.recipes.results import Run, findings, not_learnt, summarise
+from support import Lengths, loss_of
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,30 @@ def test_controls_take_as_many_steps_as_the_method(finished):
     for seed in (0, 1):
         assert steps["uniform@seta", seed] == steps["rs2@seta", seed] == steps["seta", seed]
         assert steps["seta", seed] < steps["uniform", seed] == 4 * 22
+
+
+def test_a_control_has_the_methods_rates_step_for_step():
+    ends, epochs = [5, 7, 16], 3
+    sampler = Lengths(160, lengths=[50, 20, 90])
+    rates = []
+    for make in (
+        lambda opt: make_schedule(opt, sampler, epochs),
+        lambda opt: make_schedule(opt, sampler, epochs, ends),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = make_schedule(optimizer, sampler, epochs, method)
+        sampler.set_epoch(epochs)  # any other, so that epoch 0 is begun anew
+        own = []
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            for ids in torch.tensor(list(sampler)).split(10):
+                own.append(optimizer.param_groups[0]["lr"])
+                sampler.observe(ids, loss_of(ids))
+                optimizer.step()
+                schedule.step()
+        rates.append(own)
+    assert len(rates[0]) == ends[-1]
+    assert rates[1] == pytest.approx(rates[0])
 
 
 def test_numbers_add_up(finished):
