@@ -51,10 +51,7 @@ def test_a_control_has_the_methods_rates_step_for_step():
     ends, epochs = [5, 7, 16], 3
     sampler = Lengths(160, lengths=[50, 20, 90])
     rates = []
-    for make in (
-        lambda opt: make_schedule(opt, sampler, epochs),
-        lambda opt: make_schedule(opt, sampler, epochs, ends),
-    ):
+    for method in ([], ends):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
         schedule = make_schedule(optimizer, sampler, epochs, method)
         sampler.set_epoch(epochs)  # any other, so that epoch 0 is begun anew
