@@ -47,6 +47,36 @@ def test_controls_take_as_many_steps_as_the_method(finished):
         assert steps["seta", seed] < steps["uniform", seed] == 4 * 22
 
 
+def test_options_reach_the_samplers():
+    options = PruneOptions(
+        epochs=7, rs2_ratio=0.3, infobatch_prune=0.4, seta_prune=0.2, seta_groups=6, seta_window=0.5, anneal_from=0.6
+    )
+    made = {name: make_sampler(Arm(name), 100, 5, options) for name in ("uniform", "rs2", "infobatch", "seta")}
+    assert {sampler.seed for sampler in made.values()} == {5}
+    assert made["rs2"].ratio == 0.3
+    assert (made["infobatch"].epochs, made["infobatch"].prune, made["infobatch"].anneal_from) == (7, 0.4, 0.6)
+    seta = made["seta"]
+    assert (seta.epochs, seta.prune, seta.groups, seta.window, seta.anneal_from) == (7, 0.2, 6, 0.5, 0.6)
+    two = PruneOptions(epochs=3, batch_size=10, devices=2)
+    assert len(make_sampler(Arm("rs2", "seta"), 1000, 0, two, 30)) == 10 * 20  # 10 steps an epoch, of 2 x 10 samples
+
+
+def test_all_arms_of_a_seed_start_from_the_same_weights(monkeypatch):
+    starts = []
+
+    def remember(self):
+        starts.append(torch.cat([p.detach().flatten() for p in self.network.parameters()]).clone())
+
+    monkeypatch.setattr(prune.Classifier, "on_train_start", remember, raising=False)
+    options = PruneOptions(data="digits", epochs=1, seeds=2, methods=["uniform", "seta"], controls=["uniform"])
+    monkeypatch.setattr(prune, "write_results", lambda *args, **options: {})
+    run(options)
+    assert len(starts) == 6
+    assert all(torch.equal(start, starts[0]) for start in starts[:3])
+    assert all(torch.equal(start, starts[3]) for start in starts[3:])
+    assert not torch.equal(starts[0], starts[3])
+
+
 def test_a_control_has_the_methods_rates_step_for_step():
     ends, epochs = [5, 7, 16], 3
     sampler = Lengths(160, lengths=[50, 20, 90])
