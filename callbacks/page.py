@@ -78,18 +78,17 @@ class Page:
             f"<footer>Written by samplewise. This page is self-contained.</footer></main></body></html>\n"
         )
 
-    def write(self, path: str | Path, *, pictures: bool = True) -> Path:
-        """Write the page to `path` in one step and, if asked, its pictures as PNG files into `plots/` beside it."""
+    def write(self, path: str | Path) -> Path:
+        """Write the page to `path` in one step, and its pictures as PNG files into `plots/` beside it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(self.html(), encoding="utf-8")
         temporary.replace(path)
-        if pictures:
-            folder = path.parent / "plots"
-            folder.mkdir(exist_ok=True)
-            for picture in (part for section in self.sections for part in section.parts if isinstance(part, Picture)):
-                (folder / f"{picture.name}.png").write_bytes(picture.png)
+        folder = path.parent / "plots"
+        folder.mkdir(exist_ok=True)
+        for picture in (part for section in self.sections for part in section.parts if isinstance(part, Picture)):
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
         return path
 
 

@@ -51,8 +51,7 @@ class Segment:
 
     def shown(self, seed: int, shuffle: bool) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """All its ids, int64 (m,), and their weights, float32 (m,)."""
-        whole = np.arange(len(self.plan))
-        positions = whole if self.is_whole else self.positions(0, len(self), 1, seed, shuffle)
+        positions = np.arange(len(self)) if self.is_whole else self.positions(0, len(self), 1, seed, shuffle)
         weights = self.plan.weights
         return self.plan.take(positions), np.ones(len(self), np.float32) if weights is None else weights[positions]
 

