@@ -41,16 +41,15 @@ class SamplingCallback(Callback):
 
     It keeps the trainer's lengths (batches, accumulation, validation, progress bars) those of each epoch's plan; merges
     the ranks' ledgers after each epoch; saves the sampler in checkpoints, and makes a run resumed from any of them
-    go on exactly; stops losses of validation from being recorded; refuses to train where the loader no longer has the
+    go on exactly; stops losses of evaluation from being recorded; refuses to train where the loader no longer has the
     sampler; and logs, each epoch, ``samplewise/kept`` (planned samples over N), ``/saved`` (share of the samples of
     whole epochs that was not planned so far), ``/coverage``, ``/ess``, ``/staleness``, ``/plan_seconds``, and
     ``/rejected`` (non-finite losses so far, with a warning) where there are any.
 
     Some settings keep their meaning but look different with epochs of changing length: an int ``val_check_interval``
     beyond an epoch's batches skips that epoch's validation, with a warning (``check_val_every_n_epoch=None`` counts
-    over epochs instead); ``trainer.estimated_stepping_batches`` takes the first epoch's length for all, so use
-    :class:`~samplewise.callbacks.BudgetSchedule` for schedules; and Lightning's warning at a resume within an epoch,
-    that the dataloader is not resumable, does not hold.
+    over epochs instead); ``trainer.estimated_stepping_batches`` takes the first epoch's length for all (use
+    :class:`~samplewise.callbacks.BudgetSchedule`); and Lightning's warning of a loader that cannot resume is untrue.
 
     Args:
         sampler: the training loader's sampler, this very object.
@@ -76,9 +75,9 @@ class SamplingCallback(Callback):
         self._kept: list[float] = []  # share kept in each epoch that ended
         self._ended = -1  # the last epoch that ended
         self._batch_size: int | None = None
-        self._step_before = -1  # batches observed before the epoch in progress
+        self._step_before = -1  # batches observed before this epoch
         self._before: int | None = None  # samples consumed before the batch in progress
-        self._recording = True
+        self._recording = sampler.recording
         self._refuse_state = self._restored = self._stale = False
 
     @override
@@ -180,8 +179,7 @@ class SamplingCallback(Callback):
     def _end_epoch(self) -> None:
         """From here on, a checkpoint is one of the next epoch's start."""
         if self._ended != self.sampler.epoch:
-            wanted = self.sampler.uses_losses and self.sampler.recording
-            if wanted and self.sampler.step == self._step_before:
+            if self.sampler.uses_losses and self.sampler.recording and self.sampler.step == self._step_before:
                 warnings.warn(
                     f"SamplingCallback: no loss was recorded in epoch {self.sampler.epoch}, so that nothing can be "
                     f"chosen by it. Return sampler.observe(ids, losses) from training_step.",
@@ -210,15 +208,21 @@ class SamplingCallback(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_validation(trainer, self.sampler)
+        self._pause(trainer, pl_module)
+
+    def _pause(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recording, self.sampler.recording = self.sampler.recording, False
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sampler.recording = self._recording
 
+    on_test_start = on_predict_start = _pause
+    on_test_end = on_predict_end = on_validation_end
+
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.validating or trainer.sanity_checking:
+        if not trainer.training:
             self.sampler.recording = self._recording
         elif self._before is not None:  # a batch that was not finished is trained on again after a resume
             self.sampler.advance_to(self._before)

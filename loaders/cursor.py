@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samplewise.loaders.order import OrderIterator
-
 _CONSUMED, _STEP, _LARGEST, _LIMIT = range(4)
 
 
@@ -16,15 +14,14 @@ class Cursor:
 
     Attributes:
         start: samples consumed before this process began: where iterators start after a resume.
-        latest: the iterator that was made last.
+        iterated_again: whether an iterator was made in the middle of the epoch.
     """
 
     def __init__(self, values: tuple[int, int, int, int]):
         self._values = np.array(values, dtype=np.int64)
         self.start = values[_CONSUMED]
-        self.latest: OrderIterator | None = None
-        self._drawn = False  # whether an iterator before the latest was exhausted
         self.iterated_again = False
+        self._drawn = False
 
     @classmethod
     def at_start(cls, step: int) -> Cursor:
@@ -77,14 +74,13 @@ class Cursor:
         self._values[_STEP] += 1
         self._values[_LARGEST] = max(self._values[_LARGEST], batch)
 
-    def begin(self, iterator: OrderIterator) -> None:
+    def begin(self) -> None:
         """A new iterator was made."""
         self.iterated_again = self.consumed > self.start
-        self._drawn = self._all_drawn()
-        self.latest = iterator
 
-    def _all_drawn(self) -> bool:
-        return self._drawn or (self.latest is not None and self.latest.exhausted)
+    def mark_drawn(self) -> None:
+        """An iterator handed out all of the epoch's ids."""
+        self._drawn = True
 
     def is_complete(self, total: int) -> bool:
         """Whether the model has trained on all of the epoch."""
@@ -96,4 +92,4 @@ class Cursor:
         To be asked only then: a loader that fetches ahead has drawn all ids long before the model is done.
         """
         left = self.end(total) - self.consumed
-        return left <= 0 or (self.consumed > 0 and self._all_drawn() and left < int(self._values[_LARGEST]))
+        return left <= 0 or (self.consumed > 0 and self._drawn and left < int(self._values[_LARGEST]))

@@ -160,24 +160,24 @@ class OrderIterator(Iterator[int]):
         epoch: the epoch it belongs to.
         start: number of ids to pass over.
         previous: the order of the epoch before, where a state of its last batches has just been loaded.
+        on_exhausted: called when all ids were handed out and one more is asked for.
     """
 
-    def __init__(self, order: Order, epoch: int, start: int, previous: Order | None = None):
+    def __init__(self, order: Order, epoch: int, start: int, previous: Order | None, on_exhausted: Callable[[], None]):
         self._order, self._epoch, self._previous = order, epoch, previous
+        self._on_exhausted = on_exhausted
         self._move_to(start)
 
     def _move_to(self, index: int) -> None:
         self._index = index
         self._chunk: Iterator[int] = iter(())
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether all ids were handed out."""
-        return self._index >= self._order.length
-
     def __next__(self) -> int:
         value = next(self._chunk, None)
         if value is None:
+            if self._index >= self._order.length:
+                self._on_exhausted()
+                raise StopIteration
             stop = min(self._index + CHUNK, self._order.length)
             self._chunk = iter(self._order.ids(self._index, stop).tolist())
             value = next(self._chunk)

@@ -235,9 +235,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         if not self._set_epoch_called and self._cursor.is_left(self.total_size):
             self._go_to(self.epoch + 1)
         start = self._cursor.start // self.num_replicas
-        iterator = OrderIterator(self._order(), self.epoch, start, self._previous_order)
-        self._cursor.begin(iterator)
-        return iterator
+        self._cursor.begin()
+        return OrderIterator(self._order(), self.epoch, start, self._previous_order, self._cursor.mark_drawn)
 
     def _order(self) -> Order:
         total = self.total_size  # makes the plan where there is none yet

@@ -187,3 +187,24 @@ def test_no_callback_no_cure():
     run.fit(Model(sampler), loader(sampler), validation())
     assert count.batches == sum(LENGTHS)  # Lightning stops where the loader ends, but
     assert run.fit_loop.max_batches == LENGTHS[0]  # takes each epoch for as long as the first
+
+
+class Shared(Model):
+    """Its test and predict steps call observe with gradients on, as a shared step would."""
+
+    def test_step(self, batch, batch_idx):
+        with torch.enable_grad():
+            self.sampler.observe(*self.losses(batch))
+
+    predict_step = test_step
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_t26_testing_and_predicting_leave_no_trace(stage):
+    sampler = Everything(4 * BATCH)
+    run, model = trainer(sampler, max_epochs=1, inference_mode=False), Shared(sampler)
+    run.fit(model, loader(sampler))
+    before = ledger_bytes(sampler), sampler.step
+    getattr(run, stage)(model, validation())
+    assert (ledger_bytes(sampler), sampler.step) == before
+    assert sampler.recording

@@ -328,6 +328,37 @@ def two_ranks(rank, world, interrupt):
     return history, bits(sampler), [int(i) for i in sampler.current_plan.ids], sampler.epoch
 
 
+def alone(rank):
+    """num_replicas=1 in a process group: each process trains on everything and keeps its own ledger."""
+    sampler = HardHalf(SIZE, num_replicas=1)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = train_epoch(sampler)
+    return order, bits(sampler), sampler.rank
+
+
+def test_processes_that_train_on_everything_agree_with_a_single_one():
+    expected = alone(0)
+    for order, ledger, rank in run_ranks(2, alone):
+        assert order == expected[0]
+        assert torch.equal(ledger, expected[1])
+        assert rank == 0
+
+
+def own_state_of_a_whole_epoch(rank):
+    """Each rank saves and loads its own state, unsynced, behind the last batch."""
+    sampler = HardHalf(SIZE + 1)
+    train_epoch(sampler)
+    resumed = HardHalf(SIZE + 1)
+    resumed.load_state_dict(saved(sampler.state_dict()))
+    sampler.set_epoch(1)
+    return torch.equal(bits(resumed), bits(sampler)), list(resumed) == list(sampler), int(resumed.ledger.seen.sum())
+
+
+def test_ranks_may_each_restore_their_own_unsynced_end_of_an_epoch():
+    assert run_ranks(2, own_state_of_a_whole_epoch) == [(True, True, SIZE + 1)] * 2
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_real_ranks_share_the_plan_hold_equal_ledgers_and_resume_exactly(world):
     results = run_ranks(world, two_ranks, world, None)

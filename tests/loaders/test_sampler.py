@@ -160,6 +160,16 @@ def test_t7_forgotten_set_epoch_with_a_loader_that_drops_its_last_batch():
     assert epochs == [(0, 8), (1, 8), (2, 8)]
 
 
+def test_t7_looking_at_a_batch_and_dropping_the_last_one():
+    sampler = Everything(10)
+    loader = DataLoader(with_ids(range(10)), batch_size=4, sampler=sampler, drop_last=True)
+    for _ in range(3):
+        for ids, _ in loader:
+            sampler.observe(ids, loss_of(ids))
+            next(iter(loader))
+    assert (sampler.epoch, sampler.consumed) == (2, 8)
+
+
 def test_t7_looking_and_evaluating_in_mid_epoch_is_no_new_epoch():
     sampler = HardHalf(60)
     loader = DataLoader(with_ids(range(60)), batch_size=8, sampler=sampler)
