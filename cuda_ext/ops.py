@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NAMESPACE = "samplewise"
-_library = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # The record of one sample: 32 bytes, float32 (N, 8); COUNT and LAST_STEP are int32 in the same bytes.
 LOSS_LAST, LOSS_EMA, LOSS_MEAN, LOSS_M2, COUNT, LAST_STEP, WEIGHT, SCORE = range(8)
@@ -30,7 +30,7 @@ LOSS_LIMIT = 1e18
 
 # --- ledger_update ----------------------------------------------------------------------------------------------------
 
-_library.define(
+LIBRARY.define(
     "ledger_update(Tensor(a!) records, Tensor(b!) rejected, Tensor ids, Tensor losses, Tensor? scores, SymInt step, "
     "float ema) -> ()"
 )
@@ -70,7 +70,7 @@ def check_ids(ids: NDArray[np.int64], size: int) -> None:
         )
 
 
-@torch.library.impl(_library, "ledger_update", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "ledger_update", "CompositeExplicitAutograd")
 def _ledger_update_reference(
     records: Tensor, rejected: Tensor, ids: Tensor, losses: Tensor, scores: Tensor | None, step: int, ema: float
 ) -> None:
@@ -151,7 +151,7 @@ def _apply(
         part[:, SCORE] = np.where(np.isfinite(scores), scores, part[:, SCORE])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::ledger_update", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::ledger_update", lib=LIBRARY)
 def _ledger_update_fake(
     records: Tensor, rejected: Tensor, ids: Tensor, losses: Tensor, scores: Tensor | None, step: int, ema: float
 ) -> None:
@@ -160,7 +160,7 @@ def _ledger_update_fake(
 
 # --- permutation ------------------------------------------------------------------------------------------------------
 
-_library.define("permutation(Tensor(a!) out, int n, int seed, int start, int stride) -> ()")
+LIBRARY.define("permutation(Tensor(a!) out, int n, int seed, int start, int stride) -> ()")
 
 EXACT_PERMUTATION_LIMIT = 65_536
 """Up to here a permutation is sorted random keys (exactly uniform over the seeds); above, a Feistel network."""
@@ -202,7 +202,7 @@ def permutation(n: int, seed: int, start: int, length: int, *, stride: int = 1, 
     return out
 
 
-@torch.library.impl(_library, "permutation", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "permutation", "CompositeExplicitAutograd")
 def _permutation_reference(out: Tensor, n: int, seed: int, start: int, stride: int) -> None:
     if n <= EXACT_PERMUTATION_LIMIT:
         values = _sorted_keys(n, seed)[start : start + max(0, (out.numel() - 1)) * stride + 1 : stride][: out.numel()]
@@ -214,7 +214,7 @@ def _permutation_reference(out: Tensor, n: int, seed: int, start: int, stride: i
         piece.copy_(torch.from_numpy(_feistel(positions, n, seed).view(np.int64)))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::permutation", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::permutation", lib=LIBRARY)
 def _permutation_fake(out: Tensor, n: int, seed: int, start: int, stride: int) -> None:
     return None
 
