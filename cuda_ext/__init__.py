@@ -1,5 +1,9 @@
 """Per-sample bookkeeping: the ledger and the ops under it."""
 
+from samplewise.cuda_ext import native
 from samplewise.cuda_ext.ledger import Ledger
 
-__all__ = ["Ledger"]
+NATIVE = native.load()
+"""What became of the native kernels, in one line."""
+
+__all__ = ["NATIVE", "Ledger"]

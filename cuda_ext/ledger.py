@@ -9,22 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from samplewise.cuda_ext import ops
+from samplewise.cuda_ext import ops, reference
 from samplewise.cuda_ext.checks import integer, share
 
-VERSION = 1
-MAX_SIZE = 1 << 31
+VERSION = 2
+_WIDTH = 8  # columns of a record
 _SYNC_CHUNK = 1 << 20  # entries applied at a time
-_Entry = tuple[Tensor, Tensor, Tensor | None, int]  # ids, losses, scores, step of one batch
+_Entry = tuple[Tensor, Tensor, Tensor | None, Tensor]  # ids, losses, scores, step (1,) of one batch
 _COLUMNS = {
-    "loss_last": ops.LOSS_LAST,
-    "loss_ema": ops.LOSS_EMA,
-    "loss_mean": ops.LOSS_MEAN,
-    "loss_m2": ops.LOSS_M2,
-    "count": ops.COUNT,
-    "last_step": ops.LAST_STEP,
-    "weight": ops.WEIGHT,
-    "score": ops.SCORE,
+    "loss_last": reference.LOSS_LAST,
+    "loss_ema": reference.LOSS_EMA,
+    "loss_mean": reference.LOSS_MEAN,
+    "loss_m2": reference.LOSS_M2,
+    "count": reference.COUNT,
+    "last_step": reference.LAST_STEP,
+    "weight": reference.WEIGHT,
+    "score": reference.SCORE,
 }
 
 
@@ -65,46 +65,69 @@ class Ledger:
         self.fingerprint = fingerprint
         self.distributed = distributed
         self.records = _zeros(self.size, self.device)
-        self._rejected = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self._links = self._make_links()
         self._pending: list[_Entry] = []
 
-    def update(self, ids: Tensor, losses: Tensor, *, step: int, scores: Tensor | None = None) -> None:
+    def update(self, ids: Tensor, losses: Tensor, *, scores: Tensor | None = None) -> None:
         """Record one loss per entry; a sample that stands several times is updated that often, in batch order.
 
         A loss that is not finite (or beyond 1e18, whose square overflows float32) is counted in :attr:`rejected` and
-        never stored.
+        never stored. ``last_step`` becomes the number of updates before this one.
+
+        Nothing waits for a GPU where the ledger and the arguments live on it, and a captured CUDA graph records anew
+        with each replay (with one process).
 
         Args:
             ids: integer (B,), rows in [0, N).
             losses: floating point (B,), any precision.
-            step: training batches observed so far; becomes ``last_step``.
             scores: floating point (B,), kept as ``score`` (a gradient norm, a margin, a reward); non-finite ones are
                 ignored.
 
         Raises:
             TypeError: ids that are no integers, or losses that are no floating-point tensor.
             ValueError: another shape than (B,), or lengths that differ.
-            IndexError: an id outside [0, N). Nothing is recorded then.
+            IndexError: an id outside [0, N). Nothing is recorded then. A ledger on a GPU passes over such ids instead,
+                counts them, and :meth:`sync` raises.
+            RuntimeError: a CUDA graph is captured with several ranks.
         """
         ids = self._entries(ids)
         losses = _vector("losses", losses, ids)
         if scores is not None:
             scores = _vector("scores", scores, ids)
         if self._shared():
-            if ids.device.type == "cpu":
-                ops.check_ids(ids.numpy(), self.size)
-            own = (ids.clone(), losses.clone(), None if scores is None else scores.clone(), int(step))
-            self._pending.append(own)
+            self._keep_aside(ids, losses, scores)
         else:
-            self._apply(ids, losses, scores, int(step))
+            self._apply(ids, losses, scores, None)
+
+    def _make_links(self) -> Tensor:
+        """The CUDA kernel's scratch memory: a word a sample."""
+        return torch.zeros(self.size if self.device.type == "cuda" else 0, dtype=torch.int32, device=self.device)
 
     def _shared(self) -> bool:
         return self.distributed and world_size() > 1
 
-    def _apply(self, ids: Tensor, losses: Tensor, scores: Tensor | None, step: int) -> None:
-        losses = losses.to(self.device)
-        scores = None if scores is None else scores.to(self.device)
-        ops.ledger_update(self.records, self._rejected, ids.to(self.device), losses, scores, step, self.ema)
+    def _keep_aside(self, ids: Tensor, losses: Tensor, scores: Tensor | None) -> None:
+        if ids.device.type == "cpu":
+            reference.check_ids(ids.numpy(), self.size)
+        elif torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Ledger.update: with several ranks a captured CUDA graph cannot record, since a replay keeps nothing "
+                "aside for sync(). Call update() or observe() outside the graph."
+            )
+        step = self._counters[reference.UPDATES :].clone()
+        self._counters[reference.UPDATES] += 1
+        self._pending.append((ids.clone(), losses.clone(), None if scores is None else scores.clone(), step))
+
+    def _apply(self, ids: Tensor, losses: Tensor, scores: Tensor | None, steps: Tensor | None) -> None:
+        ids, losses = self._here(ids), self._here(losses)
+        scores = None if scores is None else self._here(scores)
+        steps = None if steps is None else self._here(steps)
+        ops.ledger_update(self.records, self._counters, self._links, ids, losses, scores, steps, self.ema)
+
+    def _here(self, values: Tensor) -> Tensor:
+        # Only the way to a GPU may go unawaited: the CPU would read what has not arrived.
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _entries(self, ids: Tensor) -> Tensor:
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -139,25 +162,30 @@ class Ledger:
     @property
     def seen(self) -> Tensor:
         """Bool (N,): the samples of which at least one loss was recorded."""
-        return self.records.view(torch.int32)[:, ops.COUNT] > 0
+        return self.records.view(torch.int32)[:, reference.COUNT] > 0
 
     @property
     def rejected(self) -> int:
         """How many losses were refused because they were not finite."""
-        return int(self._rejected)
+        return int(self._counters[reference.REJECTED])
+
+    @property
+    def updates(self) -> int:
+        """How many batches were recorded; a replay of a captured CUDA graph counts too."""
+        return int(self._counters[reference.UPDATES])
 
     def set_weights(self, ids: Tensor, weights: Tensor) -> None:
         """Write the current plan's weights: ``weights`` float32 (k,) at the unique ``ids`` int64 (k,), else NaN."""
-        self.records[:, ops.WEIGHT] = torch.nan
-        self.records[ids.to(self.device), ops.WEIGHT] = weights.to(self.device, torch.float32)
+        self.records[:, reference.WEIGHT] = torch.nan
+        self.records[ids.to(self.device), reference.WEIGHT] = weights.to(self.device, torch.float32)
 
     def clear_weights(self) -> None:
         """Say that the current plan has no weights."""
-        self.records[:, ops.WEIGHT] = 0
+        self.records[:, reference.WEIGHT] = 0
 
     def weights(self, ids: Tensor) -> Tensor:
         """The current plan's weights of ``ids`` (B,), 1 for ids that are not in it: float32 (B,), where ``ids`` is."""
-        return self.records[ids.to(self.device, torch.int64), ops.WEIGHT].nan_to_num(nan=1.0).to(ids.device)
+        return self.records[ids.to(self.device, torch.int64), reference.WEIGHT].nan_to_num(nan=1.0).to(ids.device)
 
     def grow(self, size: int) -> None:
         """Make room for more samples; the new ones are unseen."""
@@ -167,31 +195,34 @@ class Ledger:
         records = _zeros(size, self.device)
         records[: self.size] = self.records
         self.records, self.size = records, size
+        self._links = self._make_links()
 
     def sync(self) -> None:
         """Merge what all ranks observed since the last sync. Collective: every rank calls it, or none.
 
         One variable-length all-gather: ids and steps travel as int64, losses and scores apart from them as float32.
-        With one process there is nothing to do.
-        """
-        if not self._shared():
-            return
-        integers, values = _gather(*_pack(self._pending))
-        self._pending.clear()
-        order = torch.sort(integers[:, 1], stable=True).indices  # the gather is in rank order already
-        for part in order.split(_SYNC_CHUNK):
-            ids, steps = integers[part].unbind(1)
-            losses, scores = values[part].unbind(1)
-            self._apply(ids, losses, scores, 0)
-            self._set_last_step(ids, steps, losses)
+        With one process there is nothing to merge.
 
-    def _set_last_step(self, ids: Tensor, steps: Tensor, losses: Tensor) -> None:
-        """Each sample's ``last_step`` is that of its last entry with a loss that was taken; entries are in order."""
-        taken = (losses.abs() <= ops.LOSS_LIMIT).numpy()
-        rows, last = np.unique(ids.numpy()[taken][::-1], return_index=True)
-        newest = steps.numpy()[taken][::-1][last].astype(np.int32)
-        column = self.records.view(torch.int32)[:, ops.LAST_STEP]
-        column[torch.from_numpy(rows).to(self.device)] = torch.from_numpy(newest).to(self.device)
+        Raises:
+            IndexError: ids outside [0, N) were observed on a GPU since the ledger was made.
+        """
+        if self._shared():
+            integers, values = _gather(*_pack(self._pending))
+            self._pending.clear()
+            reference.check_ids(integers[:, 0].numpy(), self.size)
+            order = torch.sort(integers[:, 1], stable=True).indices  # the gather is in rank order already
+            for part in order.split(_SYNC_CHUNK):
+                ids, steps = integers[part].unbind(1)
+                losses, scores = values[part].unbind(1)
+                self._apply(ids, losses, scores, steps)
+            if order.numel():
+                last = int(integers[order[-1], 1])
+                self._counters[reference.UPDATES] = max(self.updates, last + 1)
+        if self.device.type == "cuda" and (outside := int(self._counters[reference.OUT_OF_RANGE])):
+            raise IndexError(
+                f"ids: {outside} observed ids were outside [0, {self.size}), the rows of the data set that the ledger "
+                f"was made for. Build the sampler with len(train_set), and record no other data set's batches."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as live references (like a module's): save it at once or ``copy.deepcopy`` it.
@@ -205,7 +236,7 @@ class Ledger:
             "ema": self.ema,
             "fingerprint": self.fingerprint,
             "records": self.records,
-            "rejected": self._rejected,
+            "counters": self._counters,
             "pending": self._pending,
             "rank": [rank(), world_size()],
         }
@@ -218,8 +249,8 @@ class Ledger:
         """
         self.check_state(state)
         self.records.copy_(state["records"])
-        self._rejected.copy_(state["rejected"])
-        self._pending[:] = [(ids, losses, scores, int(step)) for ids, losses, scores, step in state["pending"]]
+        self._counters.copy_(state["counters"])
+        self._pending[:] = state["pending"]
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError when :meth:`load_state_dict` would."""
@@ -247,13 +278,16 @@ class Ledger:
 
 def check_size(owner: str, size: Any) -> int:
     """``size`` as an int, where it is a number of samples that a ledger can have."""
-    return integer(owner, "size", size, 1, MAX_SIZE, what="the number of samples, len(dataset),")
+    return integer(owner, "size", size, 1, ops.MAX_SIZE, what="the number of samples, len(dataset),")
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
-    if device.type == "cpu":  # numpy's zeros are lazy and get huge pages, torch's do not
-        return torch.from_numpy(np.zeros((size, ops.RECORD_WIDTH), dtype=np.float32))
-    return torch.zeros(size, ops.RECORD_WIDTH, device=device)
+    if device.type != "cpu":
+        return torch.zeros(size, _WIDTH, device=device)
+    # numpy's zeros are lazy and get huge pages, torch's do not; at 64 bytes, no record lies across two cache lines
+    raw = np.zeros(size * _WIDTH + 16, dtype=np.float32)
+    begin = -raw.ctypes.data % 64 // 4
+    return torch.from_numpy(raw[begin : begin + size * _WIDTH].reshape(size, _WIDTH))
 
 
 def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
@@ -290,7 +324,7 @@ def _pack(pending: list[_Entry]) -> tuple[Tensor, Tensor]:
     integers = [torch.empty(0, 2, dtype=torch.int64, device="cpu")]
     values = [torch.empty(0, 2, dtype=torch.float32, device="cpu")]
     for ids, losses, scores, step in pending:
-        integers.append(torch.stack([ids, torch.full_like(ids, step)], dim=1).cpu())
+        integers.append(torch.stack([ids, step.to(ids.device).expand_as(ids)], dim=1).cpu())
         scores = torch.full_like(losses, torch.nan) if scores is None else scores.to(losses.device)
         values.append(torch.stack([losses, scores], dim=1).cpu())
     return torch.cat(integers), torch.cat(values)

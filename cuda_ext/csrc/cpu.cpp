@@ -1,0 +1,186 @@
+// The CPU kernels. What they compute: cuda_ext/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "core.h"
+
+// Loops that vectorise are compiled for several generations of x86; the bits are the same on all.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define SW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SW_CLONES
+#endif
+
+namespace samplewise {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 1 << 18;  // fewer elements than this are not worth a second thread
+constexpr int64_t kBlock = 1024;     // elements worked on at a time, in the first-level cache
+
+// --- ledger_update ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kPrefetch = 24;  // entries ahead
+
+template <typename T>
+struct Strided {
+  const T* data;
+  int64_t stride;
+  explicit Strided(const Tensor& tensor) : data((const T*)tensor.data_ptr()), stride(tensor.stride(0)) {}
+  T operator[](int64_t i) const { return data[i * stride]; }
+};
+
+void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Tensor losses,
+                   std::optional<Tensor> scores, std::optional<Tensor> steps, double ema) {
+  (void)links;  // the CUDA kernel's
+  Record* rows = (Record*)records.data_ptr();
+  int64_t* count = (int64_t*)counters.data_ptr();
+  const uint64_t size = records.size(0);
+  const int64_t batch = ids.numel();
+  const Strided<int64_t> id(ids);
+  const Strided<float> loss(losses);
+  const Strided<float> score(scores ? *scores : losses);
+  const Strided<int64_t> step(steps ? *steps : ids);
+  for (int64_t i = 0; i < batch; ++i)
+    STD_TORCH_CHECK((uint64_t)id[i] < size, "ids: id ", id[i], " is outside [0, ", size, ")");
+  const int32_t now = (int32_t)count[kUpdates];
+  const float rate = (float)(1 - ema), none = std::nanf("");
+  int64_t rejected = 0;
+  for (int64_t i = 0; i < batch; ++i) {
+    if (i + kPrefetch < batch) __builtin_prefetch(&rows[id[i + kPrefetch]], 1);
+    if (is_accepted(loss[i]))
+      add_loss(rows[id[i]], loss[i], scores ? score[i] : none, steps ? (int32_t)step[i] : now, rate);
+    else
+      ++rejected;
+  }
+  count[kRejected] += rejected;
+  if (!steps) count[kUpdates] += 1;
+}
+
+// --- permutation -----------------------------------------------------------------------------------------------------
+
+void sorted_permutation(int64_t* out, int64_t length, int64_t n, uint64_t seed, int64_t start, int64_t stride) {
+  std::vector<uint64_t> keys(n);
+  const uint64_t key = mix64(seed);
+  for (int64_t i = 0; i < n; ++i) keys[i] = sort_key(i, key);
+  std::sort(keys.begin(), keys.end());
+  for (int64_t i = 0; i < length; ++i) out[i] = keys[start + i * stride] & 0xffff;
+}
+
+SW_CLONES void feistel_block(const Feistel& net, int64_t* out, int64_t count, uint32_t start, uint32_t stride) {
+  for (int64_t i = 0; i < count; ++i) out[i] = pass_through(net, start + (uint32_t)i * stride);
+}
+
+void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t stride) {
+  int64_t* to = (int64_t*)out.data_ptr();
+  const int64_t length = out.numel();
+  if (n <= kSortedLimit) return sorted_permutation(to, length, n, seed, start, stride);
+  uint32_t rows = (uint32_t)std::sqrt((double)n);
+  while ((uint64_t)rows * rows < (uint64_t)n) ++rows;
+  const Feistel net = make_feistel((uint32_t)n, rows, seed);
+  torch::stable::parallel_for(0, length, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t stop = std::min(first + kBlock, end);
+      feistel_block(net, to + first, stop - first, (uint32_t)(start + first * stride), (uint32_t)stride);
+      for (int64_t i = first; i < stop; ++i)
+        while (to[i] >= n) to[i] = pass_through(net, (uint32_t)to[i]);
+    }
+  });
+}
+
+// --- draw ------------------------------------------------------------------------------------------------------------
+
+constexpr int kDrawShift = 19, kDrawBins = 1 << 12;  // by the 12 leading bits of a key, whose sign bit is 0
+
+SW_CLONES void key_block(uint32_t* keys, const float* weights, int64_t count, uint64_t first, uint64_t key) {
+  for (int64_t i = 0; i < count; ++i) keys[i] = draw_key(first + i, weights[i], key);
+}
+
+void draw(Tensor out, Tensor tau, Tensor weights, int64_t seed) {
+  int64_t* ids = (int64_t*)out.data_ptr();
+  const float* weight = (const float*)weights.data_ptr();
+  const int64_t n = weights.numel(), k = out.numel();
+  STD_TORCH_CHECK(k < n, "draw: k is ", k, ", but must be less than the number of weights, ", n);
+  const uint64_t key = mix64(seed);
+  std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
+  std::vector<int64_t> histogram(kDrawBins);
+  std::mutex merging;
+  torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> own(kDrawBins);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t stop = std::min(first + kBlock, end);
+      key_block(&keys[first], weight + first, stop - first, first, key);
+      for (int64_t i = first; i < stop; ++i) ++own[keys[i] >> kDrawShift];
+    }
+    std::lock_guard<std::mutex> lock(merging);
+    for (int bin = 0; bin < kDrawBins; ++bin) histogram[bin] += own[bin];
+  });
+  int64_t below = 0;
+  uint32_t bin = 0;
+  while (below + histogram[bin] <= k) below += histogram[bin++];
+  std::vector<uint64_t> candidates;  // of the bin with the item of rank k: key, then id
+  candidates.reserve(histogram[bin]);
+  for (int64_t i = 0; i < n; ++i)
+    if (keys[i] >> kDrawShift == bin) candidates.push_back((uint64_t)keys[i] << 32 | (uint64_t)i);
+  std::nth_element(candidates.begin(), candidates.begin() + (k - below), candidates.end());
+  const uint32_t bound = candidates[k - below] >> 32, last = (uint32_t)candidates[k - below];
+  int64_t taken = 0;
+  for (int64_t i = 0; i < n && taken < k; ++i) {
+    ids[taken] = i;
+    taken += (keys[i] < bound) | ((keys[i] == bound) & ((uint32_t)i < last));
+  }
+  *(float*)tau.data_ptr() = float_of(bound);
+}
+
+// --- histogram -------------------------------------------------------------------------------------------------------
+
+struct Bin {
+  int64_t count, offset;
+};
+
+void histogram(Tensor bins, Tensor values, int64_t low, int64_t shift) {
+  Bin* to = (Bin*)bins.data_ptr();
+  const Strided<float> value(values);
+  const uint64_t size = bins.size(0);
+  const uint32_t mask = shift < 32 ? (1u << shift) - 1 : ~0u;
+  const int64_t n = values.numel();
+  std::fill(to, to + size, Bin{0, 0});
+  std::mutex merging;
+  torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<Bin> local(begin == 0 && end == n ? 0 : size);
+    Bin* own = local.empty() ? to : local.data();
+    for (int64_t i = begin; i < end; ++i) {
+      const float x = value[i];
+      const uint64_t offset = (uint64_t)order_key(x) - (uint64_t)low;  // huge where x is below
+      if ((offset >> shift) < size && is_finite(x)) {
+        own[offset >> shift].count += 1;
+        own[offset >> shift].offset += (uint32_t)offset & mask;
+      }
+    }
+    if (own == to) return;
+    std::lock_guard<std::mutex> lock(merging);
+    for (uint64_t bin = 0; bin < size; ++bin) {
+      to[bin].count += own[bin].count;
+      to[bin].offset += own[bin].offset;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace samplewise
+
+STABLE_TORCH_LIBRARY_IMPL(samplewise, CPU, m) {
+  m.impl("ledger_update", TORCH_BOX(&samplewise::ledger_update));
+  m.impl("permutation", TORCH_BOX(&samplewise::permutation));
+  m.impl("draw", TORCH_BOX(&samplewise::draw));
+  m.impl("histogram", TORCH_BOX(&samplewise::histogram));
+}

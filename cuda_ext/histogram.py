@@ -1,0 +1,49 @@
+"""What :func:`samplewise.cuda_ext.ops.histogram` gives: counts and exact sums of values in bins that keep their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samplewise.cuda_ext.reference import order_keys, values_of
+
+
+def key_of(value: float) -> int:
+    """The integer that stands for a float32 value in the order of all of them, in [0, 2^32)."""
+    return int(order_keys(np.array([value], dtype=np.float32))[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Bin b holds the values whose order key lies in ``[low + b 2^shift, low + (b + 1) 2^shift)``.
+
+    Within a bin the values are equally spaced, because a bin never crosses a power of two: the sum of the keys' offsets
+    from the bin's first key, an integer, gives the sum of the values exactly.
+
+    Attributes:
+        counts: int64 (B,), values in each bin.
+        offsets: int64 (B,), sums of the keys' offsets in each bin.
+        low: first key.
+        shift: binary logarithm of the keys a bin.
+    """
+
+    counts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    low: int
+    shift: int
+
+    @property
+    def edges(self) -> NDArray[np.float32]:
+        """Float32 (B,), the smallest value that each bin could hold."""
+        return values_of(self.low + (np.arange(self.counts.size) << self.shift))
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """Float64 (B,), mean value of each bin, its edge where it is empty."""
+        keys = self.low + (np.arange(self.counts.size) << self.shift)
+        first = values_of(keys).astype(np.float64)
+        spacing = values_of(keys + 1).astype(np.float64) - first
+        with np.errstate(invalid="ignore"):
+            return np.where(self.offsets == 0, first, first + spacing * (self.offsets / self.counts))

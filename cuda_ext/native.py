@@ -1,0 +1,33 @@
+"""Loads the native kernels, where they were built, and says why not, where they were not.
+
+Building them: ``pip install --no-build-isolation .`` with torch and a C++ compiler there (setup.py). The environment
+variable SAMPLEWISE_NATIVE, when samplewise is imported: ``0`` leaves the kernels out and the references run; the path of
+a shared library loads that one.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+SWITCH = "SAMPLEWISE_NATIVE"
+BUILD = "pip install --no-build-isolation . (with torch and a C++ compiler there) builds them"
+
+
+def load() -> str:
+    """Load the kernels, and say in one line what was loaded or why nothing was; never raises but for a path given."""
+    choice = os.environ.get(SWITCH, "auto")
+    library = Path(choice) if os.sep in choice else Path(__file__).with_name("_native.so")
+    if choice == "0":
+        return f"not loaded: {SWITCH}=0"
+    if not library.exists() and os.sep not in choice:
+        return f"not built: {BUILD}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        if os.sep in choice:
+            raise
+        return f"{library} could not be loaded: {error}"
+    return f"loaded: {library}"
