@@ -15,7 +15,12 @@ from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("SAMPLEWISE_NATIVE", "auto")
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CUDA = ["--fmad=false", "-DUSE_CUDA", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+CUDA = [
+    "--fmad=false",
+    "-DUSE_CUDA",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
 SOURCES = Path("cuda_ext/csrc")
 try:
     import torch
@@ -63,4 +68,6 @@ if CHOICE == "cuda" and not NVCC:
     raise SystemExit("SAMPLEWISE_NATIVE=cuda: there is no nvcc on the path; install the CUDA toolkit, or use auto")
 if CHOICE in ("cpu", "cuda") and ROOT is None:
     raise SystemExit(f"SAMPLEWISE_NATIVE={CHOICE}: torch cannot be imported; install it and use --no-build-isolation")
-setup(ext_modules=[kernels] if ROOT and CHOICE != "0" else [], cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel})
+setup(
+    ext_modules=[kernels] if ROOT and CHOICE != "0" else [], cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel}
+)

@@ -21,7 +21,7 @@ def planned(sampler: PlannedSampler) -> float:
     losses = torch.from_numpy(np.random.default_rng(0).lognormal(size=size).astype(np.float32))
     for begin in range(0, size, 1_000_000):
         ids = torch.arange(begin, min(begin + 1_000_000, size))
-        sampler.ledger.update(ids, losses[begin : begin + ids.numel()], step=0)
+        sampler.ledger.update(ids, losses[begin : begin + ids.numel()])
     times = []
     for epoch in range(1, 4):
         sampler.set_epoch(epoch)

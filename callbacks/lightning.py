@@ -149,7 +149,7 @@ class SamplingCallback(Callback):
         self._settle(trainer)  # Lightning called set_epoch, and iterates the loader after this
         self._step_before = self.sampler.step
         if not self.sampler.consumed:
-            summary = self.sampler.current_plan.summary(self.sampler.ledger, self.sampler.step)
+            summary = self.sampler.current_plan.summary(self.sampler.ledger)
             self._figures = {key: summary[key] for key in ("kept", "coverage", "ess", "staleness")}
             self._figures["plan_seconds"] = self.sampler.plan_seconds
 

@@ -207,7 +207,7 @@ class SamplingReport(Callback):
 def plan_record(sampler: PlannedSampler, labels: np.ndarray | None = None) -> EpochRecord:
     """The record of the current epoch before it is trained on."""
     plan, ledger = sampler.current_plan, sampler.ledger
-    summary = plan.summary(ledger, sampler.step)
+    summary = plan.summary(ledger)
     kept = np.zeros(sampler.size, dtype=bool)
     ids = plan.ids
     kept[slice(ids.start, ids.stop, ids.step) if isinstance(ids, range) else ids] = True

@@ -1,8 +1,9 @@
-"""What :func:`samplewise.cuda_ext.ops.histogram` gives: counts and exact sums of values in bins that keep their order."""
+"""Histogram: counts and exact sums of values, in bins that keep their order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from samplewise.cuda_ext.reference import order_keys, values_of
 def key_of(value: float) -> int:
     """The integer that stands for a float32 value in the order of all of them, in [0, 2^32)."""
     return int(order_keys(np.array([value], dtype=np.float32))[0])
+
+
+_LARGEST = key_of(float(np.finfo(np.float32).max))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +39,39 @@ class Histogram:
     shift: int
 
     @property
+    def count(self) -> int:
+        """Number of values counted."""
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean of the values counted, NaN where there are none: the same for any order of them."""
+        return float(self.counts @ self.means) / self.count if self.count else nan
+
+    def bin_of(self, rank: int) -> tuple[int, int]:
+        """The bin of the value of that rank, from 0, and how many values the bins before it hold."""
+        upto = np.cumsum(self.counts)
+        found = int(np.searchsorted(upto, rank, side="right"))
+        return found, int(upto[found] - self.counts[found])
+
+    @property
     def edges(self) -> NDArray[np.float32]:
         """Float32 (B,), the smallest value that each bin could hold."""
-        return values_of(self.low + (np.arange(self.counts.size) << self.shift))
+        return values_of(self._first_keys)
+
+    @property
+    def ends(self) -> NDArray[np.float32]:
+        """Float32 (B,), the largest value that each bin could hold."""
+        return values_of(np.minimum(self._first_keys + ((1 << self.shift) - 1), _LARGEST))
 
     @property
     def means(self) -> NDArray[np.float64]:
         """Float64 (B,), mean value of each bin, its edge where it is empty."""
-        keys = self.low + (np.arange(self.counts.size) << self.shift)
-        first = values_of(keys).astype(np.float64)
-        spacing = values_of(keys + 1).astype(np.float64) - first
+        first = self.edges.astype(np.float64)
+        spacing = values_of(self._first_keys + 1) - first
         with np.errstate(invalid="ignore"):
             return np.where(self.offsets == 0, first, first + spacing * (self.offsets / self.counts))
+
+    @property
+    def _first_keys(self) -> NDArray[np.int64]:
+        return self.low + (np.arange(self.counts.size) << self.shift)

@@ -61,10 +61,10 @@ class Ledger:
         self.ema = share("Ledger", "ema", ema, ends="[)", what="the decay of the moving average")
         if not isinstance(fingerprint, str):
             raise TypeError(f"Ledger(fingerprint={fingerprint!r}): fingerprint must be a str.")
-        self.device = torch.device(device)
         self.fingerprint = fingerprint
         self.distributed = distributed
-        self.records = _zeros(self.size, self.device)
+        self.records = _zeros(self.size, torch.device(device))
+        self.device = self.records.device  # with its index
         self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._links = self._make_links()
         self._pending: list[_Entry] = []
@@ -126,6 +126,8 @@ class Ledger:
         ops.ledger_update(self.records, self._counters, self._links, ids, losses, scores, steps, self.ema)
 
     def _here(self, values: Tensor) -> Tensor:
+        if values.device == self.device:
+            return values
         # Only the way to a GPU may go unawaited: the CPU would read what has not arrived.
         return values.to(self.device, non_blocking=self.device.type == "cuda")
 
@@ -138,7 +140,7 @@ class Ledger:
             )
         if ids.ndim != 1:
             raise ValueError(f"ids: got shape {tuple(ids.shape)}, but ids must be one-dimensional, (B,).")
-        return ids.detach().to(torch.int64)
+        return ids if ids.dtype is torch.int64 else ids.to(torch.int64)
 
     def column(self, name: str) -> Tensor:
         """A copy of one column, (N,).
@@ -185,7 +187,8 @@ class Ledger:
 
     def weights(self, ids: Tensor) -> Tensor:
         """The current plan's weights of ``ids`` (B,), 1 for ids that are not in it: float32 (B,), where ``ids`` is."""
-        return self.records[ids.to(self.device, torch.int64), reference.WEIGHT].nan_to_num(nan=1.0).to(ids.device)
+        column = self.records.select(1, reference.WEIGHT)
+        return column.index_select(0, self._here(self._entries(ids))).nan_to_num_(nan=1.0).to(ids.device)
 
     def grow(self, size: int) -> None:
         """Make room for more samples; the new ones are unseen."""
@@ -306,7 +309,8 @@ def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
         )
     if values.shape != ids.shape:
         raise ValueError(f"{name}: got {values.numel()} for {ids.numel()} ids, but there must be one value an id.")
-    return values.detach().to(torch.float32)
+    values = values.detach() if values.requires_grad else values
+    return values if values.dtype is torch.float32 else values.to(torch.float32)
 
 
 def world_size() -> int:

@@ -11,10 +11,13 @@ and in place. ``sample_losses``, which is differentiable, stands in :mod:`sample
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samplewise.cuda_ext import reference
@@ -143,7 +146,9 @@ def draw(weights: Tensor, k: int, seed: int) -> tuple[Tensor, float]:
     if weights.dtype != torch.float32:
         raise TypeError(f"draw(weights=...): weights must be float32, not {weights.dtype}.")
     if weights.ndim != 1 or not 1 <= weights.numel() <= MAX_SIZE:
-        raise ValueError(f"draw(weights=...): weights must have shape (N,), N in [1, 2^31], not {tuple(weights.shape)}.")
+        raise ValueError(
+            f"draw(weights=...): weights must have shape (N,), N in [1, 2^31], not {tuple(weights.shape)}."
+        )
     out = torch.empty(integer("draw", "k", k, 0, weights.numel() - 1), dtype=torch.int64, device=weights.device)
     tau = torch.empty(1, dtype=torch.float32, device=weights.device)
     torch.ops.samplewise.draw(out, tau, weights.contiguous(), seed)
@@ -158,9 +163,9 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
     such integers, the smallest power of two for which ``bins`` of them reach from ``low`` to ``high``.
 
     Args:
-        values: float32 (M,), any stride; those that are not finite or outside [low, high] are passed over.
-        low: smallest value counted; None takes the smallest finite one.
-        high: largest value counted; None takes the largest finite one.
+        values: float32 (M,), any stride; those that are not finite or in no bin are passed over.
+        low: lies in the first bin; None takes the smallest finite value.
+        high: lies in the last bin; None takes the largest finite value.
         bins: most bins, in [256, 2^24].
 
     Returns:
@@ -188,6 +193,28 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
     counted = torch.empty((last - first >> shift) + 1, 2, dtype=torch.int64, device=values.device)
     torch.ops.samplewise.histogram(counted, values, first, shift)
     return Histogram(*counted.cpu().numpy().T, first, shift)
+
+
+def order_statistics(values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32]:
+    """The values of the given ranks, exactly, from a histogram and one more for each rank.
+
+    Args:
+        values: float32 (M,), any stride; those that are not finite are passed over.
+        ranks: from 0, the smallest finite value, to the number of finite values less 1.
+
+    Returns:
+        float32 (len(ranks),).
+
+    Raises:
+        ValueError: for a rank outside its range, or as :func:`histogram`.
+    """
+    coarse = histogram(values)
+    found = []
+    for rank in ranks:
+        at, before = coarse.bin_of(integer("order_statistics", "rank", rank, 0, coarse.count - 1))
+        fine = histogram(values, low=float(coarse.edges[at]), high=float(coarse.ends[at]))  # one key a bin
+        found.append(fine.edges[fine.bin_of(rank - before)[0]])
+    return np.array(found, dtype=np.float32)
 
 
 def _range(values: Tensor) -> tuple[float, float]:

@@ -54,18 +54,19 @@ class Plan:
             return positions * self.ids.step + self.ids.start
         return self.ids[positions]
 
-    def summary(self, ledger: Ledger, step: int) -> dict[str, float]:
+    def summary(self, ledger: Ledger) -> dict[str, float]:
         """Figures to log, computed in a few passes over the data set.
 
         Returns:
             ``kept``: planned samples over N. ``coverage``: share of the data set that was seen before or is planned.
             ``ess``: effective sample size (sum w)^2 / sum(w^2) over k, in (0, 1]. ``max_weight``: largest weight over
-            the mean one. ``staleness``: mean age of the recorded losses, in training batches before ``step``.
+            the mean one. ``staleness``: mean age of the recorded losses, in batches recorded since.
         """
         seen = ledger.seen.cpu().numpy()
         staleness = 0.0
         if seen.any():
-            staleness = step - float(ledger.column("last_step").cpu().numpy().mean(where=seen, dtype=np.float64))
+            steps = ledger.column("last_step").cpu().numpy()
+            staleness = ledger.updates - float(steps.mean(where=seen, dtype=np.float64))
         covered = seen.copy()
         if isinstance(self.ids, range):
             ascending = self.ids if self.ids.step > 0 else self.ids[::-1]

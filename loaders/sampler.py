@@ -15,6 +15,7 @@ from torch.utils.data import DistributedSampler
 
 from samplewise.cuda_ext import Ledger, ledger
 from samplewise.cuda_ext.checks import integer
+from samplewise.cuda_ext.ops import MAX_SIZE
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
 from samplewise.loaders.plan import Plan
@@ -94,7 +95,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
             self.epoch_length = integer(name, "epoch_length", epoch_length, 1, MOST_PLANS * size, what=what)
         self.ledger = Ledger(size, ema=ema, device=device, fingerprint=fingerprint)
         self.num_replicas = None if num_replicas is None else integer(name, "num_replicas", num_replicas, 1)
-        self._rank = None if rank is None else integer(name, "rank", rank, 0, (num_replicas or ledger.MAX_SIZE) - 1)
+        self._rank = None if rank is None else integer(name, "rank", rank, 0, (num_replicas or MAX_SIZE) - 1)
         self.size = self.ledger.size
         self.dataset: Any = range(self.size)  # DistributedSampler's attribute; only its length is known here
         self.shuffle = shuffle
@@ -269,7 +270,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         if not (self.recording and torch.is_grad_enabled()):
             return losses.mean()
         self._ensure_planned()
-        self.ledger.update(ids, losses, step=self.step, scores=scores)
+        self.ledger.update(ids, losses, scores=scores)
         if self._cursor.iterated_again:
             self._start_again(ids)
         self._cursor.count(ids.numel() * self.num_replicas)

@@ -26,6 +26,7 @@ from typing_extensions import Unpack, override
 
 from samplewise.cuda_ext import ops
 from samplewise.cuda_ext.checks import share
+from samplewise.cuda_ext.hashing import hash64
 from samplewise.loaders import Plan, PlannedSampler
 from samplewise.loaders.sampler import SamplerOptions
 from samplewise.loaders.seeding import derive
@@ -62,7 +63,7 @@ def hash_keep(ids: npt.ArrayLike, epoch: int, seed: int, ratio: float) -> npt.ND
     keep = np.empty(flat.size, dtype=np.bool_)
     for start in range(0, flat.size, _PIECE):
         piece = slice(start, start + _PIECE)
-        np.less(ops.hash64(flat[piece], key), bound, out=keep[piece])
+        np.less(hash64(flat[piece], key), bound, out=keep[piece])
     return keep.reshape(rows.shape)
 
 
@@ -96,7 +97,7 @@ class Strata:
         classes, inverse, self._counts = np.unique(labels, return_inverse=True, return_counts=True)
         self._firsts = np.cumsum(self._counts) - self._counts
         self.members: IntArray = np.argsort(inverse, kind="stable").astype(np.int64, copy=False)
-        shifts = ops.hash64(np.arange(classes.size, dtype=np.uint64), derive(seed, "rs2", "strata")) / 2.0**64
+        shifts = hash64(np.arange(classes.size, dtype=np.uint64), derive(seed, "rs2", "strata")) / 2.0**64
         of_member = inverse[self.members]
         time = np.arange(labels.size) - self._firsts[of_member] + shifts[of_member]
         time /= self._counts[of_member]

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Unpack
 
-from samplewise.cuda_ext import ops
 from samplewise.cuda_ext.checks import integer, share
+from samplewise.cuda_ext.hashing import hash64
 from samplewise.loaders import Plan, PlannedSampler
 from samplewise.loaders.sampler import SamplerOptions
 from samplewise.loaders.seeding import derive
@@ -121,7 +121,7 @@ def has_turn(size: int, n: int, every: int, seed: int) -> npt.NDArray[np.bool_]:
     mine = np.empty(size, dtype=np.bool_)
     for start in range(0, size, _PIECE):
         piece = np.arange(start, min(start + _PIECE, size), dtype=np.uint64)
-        mine[start : start + _PIECE] = ops.hash64(piece, key) % np.uint64(every) == turn
+        mine[start : start + _PIECE] = hash64(piece, key) % np.uint64(every) == turn
     return mine
 
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from samplewise.cuda_ext import ops
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Float32Array = npt.NDArray[np.float32]
@@ -99,15 +102,12 @@ def draw_without_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Gene
     k = _count("draw_without_replacement", k, positive, "the number of positive weights")
     if k == positive:
         return np.flatnonzero(checked), np.ones(k, dtype=np.float32)
-    checked = _in_range(checked)
-    keys = rng.standard_exponential(checked.size)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        np.divide(keys, checked, out=keys)  # inf, or NaN for 0 / 0, where the weight is 0: both sort last
-    tau = np.partition(keys, k)[k]
-    if tau == np.inf:  # fewer than k + 1 weights are above 1e-300 of the largest
-        raise ValueError("draw_without_replacement(weights=...): weights span more than 300 decades; clip the smallest")
-    ids = _smallest(keys, tau, k, rng)
-    inverse = -1 / np.expm1(-checked[ids].astype(np.float64) * tau)
+    scaled = _scaled(checked)
+    drawn, tau = ops.draw(torch.from_numpy(scaled), k, int(rng.integers(1 << 63)))
+    if tau == np.inf:  # fewer than k + 1 weights are above 1e-37 of the largest
+        raise ValueError("draw_without_replacement(weights=...): weights span more than 37 decades; clip the smallest")
+    ids = drawn.numpy()
+    inverse = -1 / np.expm1(-scaled[ids].astype(np.float64) * tau)
     return ids, (inverse / inverse.mean()).astype(np.float32) if k else np.empty(0, dtype=np.float32)
 
 
@@ -214,6 +214,12 @@ def _smallest(keys: npt.NDArray[Any], bound: Any, k: int, rng: np.random.Generat
         return ids
     ties = rng.choice(np.flatnonzero(keys == bound), k - ids.size, replace=False, shuffle=False)
     return np.sort(np.append(ids, ties))
+
+
+def _scaled(weights: Floats) -> Float32Array:
+    """The weights as float32 with the largest near 1, so that no quotient of one leaves the range of float32."""
+    top = float(weights.max())
+    return (weights if 1e-9 < top < 1e9 else weights / np.float64(top)).astype(np.float32, copy=False)
 
 
 def _in_range(weights: Floats) -> Floats:

@@ -25,7 +25,7 @@ from lightning_support import (
 )
 
 from samplewise.callbacks import SamplingCallback
-from samplewise.cuda_ext import ops
+from samplewise.cuda_ext import reference
 from samplewise.loaders import with_ids
 from support import Everything, HardHalf, Lengths
 
@@ -50,7 +50,7 @@ def assert_goes_on(resumed, whole, step):
 
 def without_weights(ledger: bytes) -> bytes:
     records = np.frombuffer(ledger, np.float32).reshape(SIZE, -1).copy()
-    records[:, ops.WEIGHT] = 0
+    records[:, reference.WEIGHT] = 0
     return records.tobytes()
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from samplewise.cuda_ext import Ledger, ops
+from samplewise.cuda_ext import Ledger
 from support import run_ranks
 
 FLOATS = ("loss_last", "loss_ema", "loss_mean", "loss_m2")
@@ -56,7 +56,7 @@ def test_records_follow_their_definition_in_batch_order(ids):
     rng = np.random.default_rng(1)
     for step in range(3):
         losses = rng.lognormal(size=len(ids)).astype(np.float32)
-        ledger.update(torch.tensor(ids, dtype=torch.int64), torch.from_numpy(losses), step=step)
+        ledger.update(torch.tensor(ids, dtype=torch.int64), torch.from_numpy(losses))
         entries += [(int(i), loss, step) for i, loss in zip(ids, losses, strict=True)]
     assert_same(ledger, naive(10, entries, ema=0.8))
 
@@ -65,7 +65,7 @@ def test_welford_gives_mean_and_variance():
     losses = np.random.default_rng(2).normal(3, 2, 50).astype(np.float32)
     ledger = Ledger(1)
     for loss in losses:
-        ledger.update(torch.tensor([0]), torch.tensor([loss]), step=0)
+        ledger.update(torch.tensor([0]), torch.tensor([loss]))
     assert ledger.column("loss_mean").item() == pytest.approx(losses.mean(), rel=1e-6)
     assert ledger.column("loss_m2").item() / 50 == pytest.approx(losses.var(), rel=1e-5)
 
@@ -80,7 +80,7 @@ def test_a_record_is_32_bytes():
 def test_any_precision_and_any_integer(dtype, index):
     ledger = Ledger(20)
     losses = torch.tensor([0.5, 1.25, 2.0], dtype=dtype)
-    ledger.update(torch.tensor([1, 3, 17], dtype=index), losses, step=1)
+    ledger.update(torch.tensor([1, 3, 17], dtype=index), losses)
     assert ledger.column("loss_last")[[1, 3, 17]].tolist() == [0.5, 1.25, 2.0]
 
 
@@ -88,27 +88,27 @@ def test_t2_ids_beyond_float_precision_keep_their_rows():
     size = 2**24 + 8
     ledger = Ledger(size)
     ids = torch.tensor([2**24, 2**24 + 1, 2**24 + 2, 2**24 + 7, 257, 2049])
-    ledger.update(ids, torch.arange(6, dtype=torch.bfloat16), step=0)
+    ledger.update(ids, torch.arange(6, dtype=torch.bfloat16))
     assert ledger.column("loss_last")[ids].tolist() == [0, 1, 2, 3, 4, 5]
     assert int(ledger.seen.sum()) == 6
 
 
 def test_t20_losses_that_are_not_finite_are_counted_and_never_stored():
     ledger = Ledger(5)
-    ledger.update(torch.arange(5), torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 1e30]), step=0)
+    ledger.update(torch.arange(5), torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 1e30]))
     assert ledger.rejected == 4
     assert ledger.seen.tolist() == [True, False, False, False, False]
-    ledger.update(torch.tensor([0, 0]), torch.tensor([torch.nan, 3.0]), step=1)
+    ledger.update(torch.tensor([0, 0]), torch.tensor([torch.nan, 3.0]))
     assert ledger.column("count")[0] == 2
     assert np.nanmean(ledger.column("loss_mean").numpy()) == 2.0
-    ledger.update(torch.tensor([1]), torch.tensor([1e300], dtype=torch.float64), step=1)  # overflows float32
+    ledger.update(torch.tensor([1]), torch.tensor([1e300], dtype=torch.float64))  # overflows float32
     assert ledger.rejected == 6
     assert not ledger.seen[1]
 
 
 def test_t21_unseen_is_nan_whatever_the_losses_are():
     ledger = Ledger(3)
-    ledger.update(torch.tensor([1]), torch.tensor([0.0]), step=0)
+    ledger.update(torch.tensor([1]), torch.tensor([0.0]))
     assert ledger.column("loss_last")[1] == 0.0
     assert torch.isnan(ledger.column("loss_last")[[0, 2]]).all()
     assert ledger.column("last_step").tolist() == [-1, 0, -1]
@@ -117,12 +117,12 @@ def test_t21_unseen_is_nan_whatever_the_losses_are():
 
 def test_scores_keep_the_last_finite_one():
     ledger = Ledger(3)
-    ledger.update(torch.tensor([0, 1]), torch.ones(2), step=0)
+    ledger.update(torch.tensor([0, 1]), torch.ones(2))
     assert torch.isnan(ledger.column("score")).all()
-    ledger.update(torch.tensor([0, 1]), torch.ones(2), step=1, scores=torch.tensor([2.0, torch.nan]))
+    ledger.update(torch.tensor([0, 1]), torch.ones(2), scores=torch.tensor([2.0, torch.nan]))
     assert ledger.column("score")[0] == 2.0
     assert torch.isnan(ledger.column("score")[1])
-    ledger.update(torch.tensor([0]), torch.ones(1), step=2)
+    ledger.update(torch.tensor([0]), torch.ones(1))
     assert ledger.column("score")[0] == 2.0
 
 
@@ -139,19 +139,19 @@ def test_weights():
 
 def test_grow_keeps_the_old_and_adds_unseen():
     ledger = Ledger(2)
-    ledger.update(torch.tensor([1]), torch.tensor([3.0]), step=4)
+    ledger.update(torch.tensor([1]), torch.tensor([3.0]))
     ledger.grow(4)
     assert ledger.size == 4
     assert ledger.seen.tolist() == [False, True, False, False]
     assert ledger.column("loss_last")[1] == 3.0
-    ledger.update(torch.tensor([3]), torch.tensor([1.0]), step=5)
+    ledger.update(torch.tensor([3]), torch.tensor([1.0]))
     with pytest.raises(ValueError, match="never shrinks"):
         ledger.grow(3)
 
 
 def test_columns_are_copies():
     ledger = Ledger(2)
-    ledger.update(torch.tensor([0]), torch.tensor([3.0]), step=0)
+    ledger.update(torch.tensor([0]), torch.tensor([3.0]))
     ledger.column("loss_last")[0] = 9
     assert ledger.column("loss_last")[0] == 3
 
@@ -159,7 +159,7 @@ def test_columns_are_copies():
 def test_update_leaves_its_arguments_alone():
     ids, losses = torch.tensor([2, 2, 0]), torch.tensor([1.0, 2.0, 3.0])
     before = ids.clone(), losses.clone()
-    Ledger(3).update(ids, losses, step=0)
+    Ledger(3).update(ids, losses)
     assert torch.equal(ids, before[0])
     assert torch.equal(losses, before[1])
 
@@ -167,13 +167,13 @@ def test_update_leaves_its_arguments_alone():
 def test_non_contiguous_arguments():
     ids, losses = torch.arange(10)[::3], torch.arange(20.0).reshape(10, 2)[::3, 1]
     ledger = Ledger(10)
-    ledger.update(ids, losses, step=0)
+    ledger.update(ids, losses)
     assert ledger.column("loss_last")[[0, 3, 6, 9]].tolist() == [1, 7, 13, 19]
 
 
 def test_state_round_trip_is_bit_exact():
     ledger = Ledger(6, fingerprint="a")
-    ledger.update(torch.tensor([0, 5, 5]), torch.tensor([0.1, 0.7, torch.nan]), step=3)
+    ledger.update(torch.tensor([0, 5, 5]), torch.tensor([0.1, 0.7, torch.nan]))
     file = io.BytesIO()
     torch.save(ledger.state_dict(), file)
     file.seek(0)
@@ -237,10 +237,10 @@ def test_bad_ema(ema):
 )
 def test_bad_updates_are_refused_and_change_nothing(ids, losses, error, message):
     ledger = Ledger(3)
-    ledger.update(torch.tensor([0]), torch.ones(1), step=0)
+    ledger.update(torch.tensor([0]), torch.ones(1))
     before = ledger.records.clone()
     with pytest.raises(error, match=message):
-        ledger.update(ids, losses, step=1)
+        ledger.update(ids, losses)
     assert torch.equal(ledger.records.view(torch.int32), before.view(torch.int32))
 
 
@@ -259,26 +259,29 @@ def observe_and_sync(rank, world, syncs):
         ids = torch.tensor([0, 2**24 + rank + step * world] + ([7] if rank == 0 else []))
         losses = (ids % 1000 + rank + 10 * step).to(torch.bfloat16 if step % 2 else torch.float64)
         losses[1] = torch.nan if step == 3 else losses[1]
-        ledger.update(ids, losses, step=step, scores=losses.float() if step == 1 else None)
+        ledger.update(ids, losses, scores=losses.float() if step == 1 else None)
         if step in syncs:
             ledger.sync()
     ledger.sync()
     ledger.sync()
     touched = [0, 7, *range(2**24, 2**24 + 50)]
-    return ledger.records[touched].view(torch.int32), ledger.rejected, int(ledger.seen.sum())
+    return ledger.records[touched].view(torch.int32), ledger.rejected, ledger.updates, int(ledger.seen.sum())
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_sync_makes_all_ranks_equal_to_one_process(world):
     single = Ledger(2**24 + 50)
     for step in range(4):
+        parts = []
         for rank in range(world):  # the order that sync promises: step, rank, batch
             ids = torch.tensor([0, 2**24 + rank + step * world] + ([7] if rank == 0 else []))
             losses = (ids % 1000 + rank + 10 * step).to(torch.bfloat16 if step % 2 else torch.float64)
             losses[1] = torch.nan if step == 3 else losses[1]
-            single.update(ids, losses, step=step, scores=losses.float() if step == 1 else None)
+            parts.append((ids, losses))
+        ids, losses = (torch.cat(part) for part in zip(*parts, strict=True))
+        single.update(ids, losses, scores=losses.float() if step == 1 else None)
     touched = [0, 7, *range(2**24, 2**24 + 50)]
-    expected = single.records[touched].view(torch.int32), single.rejected, int(single.seen.sum())
+    expected = single.records[touched].view(torch.int32), single.rejected, single.updates, int(single.seen.sum())
     for syncs in ((), (1,)):
         for got in run_ranks(world, observe_and_sync, world, syncs):
             assert torch.equal(got[0], expected[0])
@@ -287,7 +290,7 @@ def test_sync_makes_all_ranks_equal_to_one_process(world):
 
 def unsynced_state(rank):
     ledger = Ledger(4)
-    ledger.update(torch.tensor([rank]), torch.ones(1), step=0)
+    ledger.update(torch.tensor([rank]), torch.ones(1))
     own = copy.deepcopy(ledger.state_dict())
     restored = Ledger(4)
     restored.load_state_dict(own)
@@ -304,19 +307,10 @@ def test_a_rank_restores_its_own_unsynced_state_and_no_other_does():
 
 def refused_update(rank):
     try:
-        Ledger(4).update(torch.tensor([4]), torch.ones(1), step=0)
+        Ledger(4).update(torch.tensor([4]), torch.ones(1))
     except IndexError as error:
         return str(error)
 
 
 def test_bad_ids_are_refused_at_once_with_several_ranks():
     assert all("outside [0, 4)" in message for message in run_ranks(2, refused_update))
-
-
-def test_the_reference_is_reached_through_the_dispatcher():
-    ledger = Ledger(3)
-    torch.ops.samplewise.ledger_update(
-        ledger.records, ledger._rejected, torch.tensor([1]), torch.tensor([2.0]), None, 5, 0.9
-    )
-    assert ledger.column("last_step").tolist() == [-1, 5, -1]
-    assert ops.RECORD_WIDTH == 8

@@ -41,15 +41,16 @@ def test_bad_plans(ids, weights, error, message):
 
 def test_summary():
     ledger = Ledger(10)
-    ledger.update(torch.tensor([0, 1, 2]), torch.ones(3), step=4)
-    ledger.update(torch.tensor([2]), torch.ones(1), step=7)
-    summary = checked(np.array([2, 5]), [3, 1]).summary(ledger, step=9)
+    ledger.update(torch.tensor([0, 1, 2]), torch.ones(3))
+    ledger.update(torch.tensor([2]), torch.ones(1))
+    ledger.update(torch.tensor([2]), torch.full((1,), torch.nan))
+    summary = checked(np.array([2, 5]), [3, 1]).summary(ledger)
     assert summary["kept"] == 0.2
     assert summary["coverage"] == pytest.approx(0.4)
     assert summary["ess"] == pytest.approx(16 / 10 / 2)
     assert summary["max_weight"] == pytest.approx(1.5)
-    assert summary["staleness"] == pytest.approx((5 + 5 + 2) / 3)
-    empty = checked(range(0, 10, 2)).summary(Ledger(10), step=0)
+    assert summary["staleness"] == pytest.approx((3 + 3 + 2) / 3)
+    empty = checked(range(0, 10, 2)).summary(Ledger(10))
     assert empty == {"kept": 0.5, "coverage": 0.5, "ess": 1.0, "max_weight": 1.0, "staleness": 0.0}
 
 
@@ -57,7 +58,7 @@ def test_summary():
 def test_descending_ranges_keep_their_weights(ids):
     plan = checked(ids, np.arange(len(ids)) + 1)
     assert plan.take(np.arange(len(ids))).tolist() == list(ids)
-    assert plan.summary(Ledger(10), 0)["coverage"] == len(ids) / 10
+    assert plan.summary(Ledger(10))["coverage"] == len(ids) / 10
 
 
 class Two(PlannedSampler):

@@ -170,9 +170,9 @@ def test_draw_without_replacement_is_free_of_scale(scale):
     assert a.mean() == pytest.approx(1, abs=1e-5)
 
 
-def test_draw_without_replacement_of_weights_beyond_float64():
-    values = np.array([1.0, 1.0, 1e-320, 1e-320])
-    with pytest.raises(ValueError, match="300 decades"):
+def test_draw_without_replacement_of_weights_beyond_float32():
+    values = np.array([1.0, 1.0, 1e-50, 1e-50])
+    with pytest.raises(ValueError, match="37 decades"):
         w.draw_without_replacement(values, 3, rng())
 
 
