@@ -39,6 +39,11 @@ def log1p_positive(x: Tensor) -> Tensor:
     return log_positive(u) + (x - (u - 1.0)) / u
 
 
+def square_root(x: Tensor) -> Tensor:
+    """The float32 nearest to the square root, of any shape: through float64, as a vector library's may be off by one."""
+    return torch.sqrt(x.double()).float()
+
+
 def power_of_two(d: Tensor) -> Tensor:
     """``2^d`` as float32, of int32 values d <= 127 of any shape; 0 below the normal numbers."""
     return ((d + 127) << 23).view(torch.float32).masked_fill(d < -126, 0.0)

@@ -1,8 +1,8 @@
 """Loads the native kernels, where they were built, and says why not, where they were not.
 
-Building them: ``pip install --no-build-isolation .`` with torch and a C++ compiler there (setup.py). The environment
-variable SAMPLEWISE_NATIVE, when samplewise is imported: ``0`` leaves the kernels out and the references run; the path of
-a shared library loads that one.
+Building them: ``pip install --no-build-isolation .`` with torch and a C++ compiler there (setup.py). Set the
+environment variable SAMPLEWISE_NATIVE to ``0`` to leave them out when samplewise is imported, so that the references
+run, or to the path of another shared library to load that one.
 """
 
 from __future__ import annotations

@@ -159,14 +159,14 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
     """Count values in bins that keep their order, with exact sums: the same for any order of the values.
 
     The bins are equally wide in the integers that order float32 values (``x -> bits(x)``, negative ones mirrored), so
-    that they are finest near 0 and never wider than 1/128 of the value, whatever the range. Each is at most ``2^shift``
-    such integers, the smallest power of two for which ``bins`` of them reach from ``low`` to ``high``.
+    that they are finest near 0 and, with 65,536 of them, never wider than 1/128 of the value, whatever the range. Each
+    is ``2^shift`` such integers, the smallest power of two for which ``bins`` of them reach from ``low`` to ``high``.
 
     Args:
         values: float32 (M,), any stride; those that are not finite or in no bin are passed over.
         low: lies in the first bin; None takes the smallest finite value.
         high: lies in the last bin; None takes the largest finite value.
-        bins: most bins, in [256, 2^24].
+        bins: most bins, in [512, 2^24].
 
     Returns:
         The histogram, on the CPU: its counts and sums are a few hundred kilobytes.
@@ -179,7 +179,7 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
         raise TypeError(f"histogram(values=...): values must be float32, not {values.dtype}.")
     if values.ndim != 1:
         raise ValueError(f"histogram(values=...): values must have shape (M,), not {tuple(values.shape)}.")
-    bins = integer("histogram", "bins", bins, 1 << 8, 1 << 24)
+    bins = integer("histogram", "bins", bins, 1 << 9, 1 << 24)  # a bin never crosses a power of two
     if low is None or high is None:
         smallest, largest = _range(values)
         low, high = smallest if low is None else low, largest if high is None else high

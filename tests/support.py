@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from samplewise.cuda_ext import NATIVE
 from samplewise.loaders import Plan, PlannedSampler
+
+needs_kernels = pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("samplewise::ledger_update", "CPU"),
+    reason=f"the native kernels: {NATIVE}",
+)
 
 
 class Everything(PlannedSampler):

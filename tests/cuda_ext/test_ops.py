@@ -1,30 +1,193 @@
+"""The ops: schemas, agreement of reference and kernel bit for bit, torch.compile. The ledger's meaning: test_ledger."""
+
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from samplewise.cuda_ext import Ledger, ops
-from samplewise.loaders.seeding import derive
+from samplewise.cuda_ext import Ledger, ops, reference
+from support import needs_kernels
 
-LARGE = [65_537, 100_003, 2**20, 1_000_003]
-
-
-def ledger_sample(ids, scores=False):
-    ids = torch.tensor(ids, dtype=torch.int64)
-    losses = torch.linspace(0, 3, ids.numel())
-    return torch.zeros(8, 8), torch.zeros(1, dtype=torch.int64), ids, losses, losses if scores else None, 3, 0.9
+INF, NAN = float("inf"), float("nan")
+FLOAT32 = np.finfo(np.float32)
+ODD_LOSSES = [0.0, -0.0, 1e-45, -1e-42, 1.0, 1e18, 1.1e18, -1e18, 3e38, NAN, INF, -INF]
 
 
-@pytest.mark.parametrize("sample", [[1, 2, 3], [1, 1, 1], [], [0]])
-@pytest.mark.parametrize("scores", [True, False])
-def test_opcheck_ledger_update(sample, scores):
-    torch.library.opcheck(torch.ops.samplewise.ledger_update.default, ledger_sample(sample, scores))
+def rng(seed=0):
+    return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("n", [1, 10, 70_000])
-def test_opcheck_permutation(n):
-    out = torch.empty(min(n, 5), dtype=torch.int64)
-    torch.library.opcheck(torch.ops.samplewise.permutation.default, (out, n, 3, 0, 1))
+def ledger_arguments(size, ids, losses=None, scores=None, steps=None):
+    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    losses = torch.linspace(0, 3, ids.numel()) if losses is None else losses
+    counters = torch.tensor([3, 0, 5])
+    return torch.zeros(size, 8), counters, torch.zeros(0, dtype=torch.int32), ids, losses, scores, steps, 0.9
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(one, other, strict=True):
+        a, b = (x.view(torch.int32) if x.is_floating_point() else x for x in (a, b))
+        assert torch.equal(a, b)
+
+
+# --- opcheck ----------------------------------------------------------------------------------------------------------
+
+SAMPLES = {
+    "ledger_update": [
+        ledger_arguments(8, [1, 2, 3]),
+        ledger_arguments(8, [1, 1, 1], scores=torch.ones(3)),
+        ledger_arguments(8, [], steps=torch.zeros(0, dtype=torch.int64)),
+        ledger_arguments(1, [0, 0], steps=torch.tensor([4, 9]), scores=torch.tensor([NAN, 1.0])),
+    ],
+    "permutation": [(torch.empty(min(n, 5), dtype=torch.int64), n, 3, 0, 1) for n in (1, 10, 70_000)],
+    "draw": [
+        (torch.empty(k, dtype=torch.int64), torch.empty(1), torch.linspace(0, 1, n), 7)
+        for n, k in ((2, 1), (9, 0), (9, 5))
+    ],
+    "histogram": [
+        (torch.empty(5, 2, dtype=torch.int64), torch.tensor([1.0, NAN, 2.0, -1.0]), 1 << 31, 28),
+        (torch.empty(1, 2, dtype=torch.int64), torch.zeros(0), 0, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, arguments) for name, samples in SAMPLES.items() for arguments in samples]
+)
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(torch.ops.samplewise, name).default, arguments)
+
+
+# --- kernel and reference ---------------------------------------------------------------------------------------------
+
+BATCHES = {
+    "unique": (1000, rng().permutation(1000)[:300]),
+    "from ten ids": (10, rng().integers(0, 10, 3000)),
+    "one id": (50, np.full(2000, 7)),
+    "one sample": (1, np.zeros(20)),
+    "some twice": (10_000, rng().integers(0, 10_000, 4096)),
+    "empty": (5, []),
+    "beyond 2^24": (2**24 + 9, 2**24 + rng().integers(0, 9, 40)),
+}
+
+
+def odd_losses(count, seed):
+    values = rng(seed).lognormal(0, 3, count).astype(np.float32)
+    chosen = rng(seed + 1).random(count) < 0.3
+    values[chosen] = rng(seed + 2).choice(np.array(ODD_LOSSES, dtype=np.float32), int(chosen.sum()))
+    return torch.from_numpy(values)
+
+
+@needs_kernels
+@pytest.mark.parametrize("with_scores", [False, True])
+@pytest.mark.parametrize("with_steps", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_ledger_update_kernel_and_reference_agree(name, with_scores, with_steps):
+    size, ids = BATCHES[name]
+    native, plain = ledger_arguments(size, ids)[:3], ledger_arguments(size, ids)[:3]
+    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    for step in range(3):
+        losses = odd_losses(ids.numel(), 10 * step)
+        scores = odd_losses(ids.numel(), 10 * step + 5) if with_scores else None
+        steps = torch.arange(ids.numel()) * 7 - 5 if with_steps else None
+        ops.ledger_update(*native, ids, losses, scores, steps, 0.8)
+        reference.ledger_update(*plain, ids, losses, scores, steps, 0.8)
+        assert_same_bits(native, plain)
+    assert native[1][reference.UPDATES] == (5 if with_steps else 8)
+
+
+@needs_kernels
+def test_ledger_update_takes_any_stride():
+    ids = torch.from_numpy(rng(4).integers(0, 30, 60))
+    spread = torch.full((60, 3), 99.0)
+    spread[:, 1] = odd_losses(60, 4)
+    strided, dense = (ledger_arguments(30, [])[:3] for _ in range(2))
+    wide = torch.stack([ids, -ids], dim=1)
+    ops.ledger_update(*strided, wide[:, 0], spread[:, 1], spread[:, 1], wide[:, 0], 0.5)
+    ops.ledger_update(*dense, ids, spread[:, 1].clone(), spread[:, 1].clone(), ids, 0.5)
+    assert_same_bits(strided, dense)
+
+
+@pytest.mark.parametrize("bad", [[3, 10], [-1, 2], [2**40, 0], [1, -(2**63)]])
+def test_an_id_outside_raises_and_changes_nothing(bad):
+    arguments = ledger_arguments(10, bad)
+    before = [x.clone() for x in arguments[:2]]
+    with pytest.raises(IndexError, match=r"is outside \[0, 10\)"):
+        ops.ledger_update(*arguments)
+    assert_same_bits(arguments[:2], before)
+
+
+def draw_of(function, weights, k, seed):
+    out, tau = torch.empty(k, dtype=torch.int64), torch.empty(1)
+    function(out, tau, weights, seed)
+    return out, tau
+
+
+WEIGHTS = {
+    "equal": np.ones(5000),
+    "heavy tail": rng().pareto(0.5, 70_001) + 1e-3,
+    "two": np.array([1.0, 3.0]),
+    "zeros": np.where(rng().random(3000) < 0.9, 0, 1.0),
+    "keys that overflow": np.full(300, 1e-45),
+    "denormal and not a weight": np.array([1e-40, NAN, -1.0, 1.0, 1e-45, -INF, INF, 2.0] * 50),
+    "beyond a cache block": rng(3).random(200_000),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_draw_kernel_and_reference_agree(name, share):
+    weights = torch.from_numpy(WEIGHTS[name].astype(np.float32))
+    k = round(share * (weights.numel() - 1))
+    for seed in (0, 1, 2**63 - 1):
+        native = draw_of(torch.ops.samplewise.draw, weights, k, seed)
+        assert_same_bits(native, draw_of(reference.draw, weights, k, seed))
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 2, 3, 257, 65_535, 65_536, 65_537, 100_003, 2**24 + 1, 2**31])
+def test_permutation_kernel_and_reference_agree(n):
+    for start, stride in ((0, 1), (n // 3, 1), (n // 2, 3), (n - 1, 1)):
+        length = min(5000, (n - 1 - start) // stride + 1)
+        for seed in (0, 12345, 2**63 - 1):
+            native, plain = (torch.empty(length, dtype=torch.int64) for _ in range(2))
+            torch.ops.samplewise.permutation(native, n, seed, start, stride)
+            reference.permutation(plain, n, seed, start, stride)
+            assert torch.equal(native, plain)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shift", [0, 3, 12, 16, 23])
+@pytest.mark.parametrize("low", [0, 1 << 31, 3_000_000_000])
+def test_histogram_kernel_and_reference_agree(low, shift):
+    values = torch.cat([odd_losses(5000, 8), -odd_losses(5000, 9), torch.full((300,), 2.5)])
+    low = low >> shift << shift
+    for part in (values, values[::3], values[:0]):
+        native, plain = (torch.full((1024, 2), -1) for _ in range(2))
+        torch.ops.samplewise.histogram(native, part, low, shift)
+        reference.histogram(plain, part, low, shift)
+        assert torch.equal(native, plain)
+
+
+@needs_kernels
+def test_any_number_of_threads_gives_the_same_bits():
+    weights = torch.from_numpy(rng(5).lognormal(size=1_500_000).astype(np.float32))
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            ids, tau = ops.draw(weights, 400_000, 3)
+            counted = ops.histogram(weights)
+            bins = torch.from_numpy(np.stack([counted.counts, counted.offsets]))
+            results.append((ids, torch.tensor(tau), ops.permutation(1_500_000, 9, 0, 1_500_000), bins))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
 def test_t25_compile_keeps_the_op_in_place():
@@ -32,18 +195,19 @@ def test_t25_compile_keeps_the_op_in_place():
     address = ledger.records.data_ptr()
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(records, rejected, ids, losses):
+    def step(records, counters, links, ids, losses):
         losses = losses * 2
-        torch.ops.samplewise.ledger_update(records, rejected, ids, losses, None, 1, 0.9)
+        torch.ops.samplewise.ledger_update(records, counters, links, ids, losses, None, None, 0.9)
         return losses.mean()
 
-    step(ledger.records, ledger._rejected, torch.tensor([2, 2, 5]), torch.tensor([1.0, 2.0, 3.0]))
+    ids, losses = torch.tensor([2, 2, 5]), torch.tensor([1.0, 2.0, 3.0])
+    step(ledger.records, ledger._counters, ledger._links, ids, losses)
     assert ledger.records.data_ptr() == address
     assert ledger.column("loss_last")[[2, 5]].tolist() == [4, 6]
     assert ledger.column("count").tolist() == [0, 0, 2, 0, 0, 1, 0, 0]
 
 
-def test_t25_a_compiled_step_is_not_compiled_again_for_every_step_number():
+def test_t25_a_compiled_step_is_compiled_once():
     ledger, graphs = Ledger(8), []
 
     def count(graph, example):
@@ -51,79 +215,43 @@ def test_t25_a_compiled_step_is_not_compiled_again_for_every_step_number():
         return graph.forward
 
     @torch.compile(backend=count, fullgraph=True)
-    def step(ids, losses, number):
-        ops.ledger_update(ledger.records, ledger._rejected, ids, losses, None, number, 0.9)
+    def step(ids, losses):
+        torch.ops.samplewise.ledger_update(
+            ledger.records, ledger._counters, ledger._links, ids, losses, None, None, 0.9
+        )
 
-    for number in range(10):
-        step(torch.tensor([2, 5]), torch.ones(2), number)
-    assert len(graphs) <= 3  # 0 and 1 are special to dynamo
+    for _ in range(10):
+        step(torch.tensor([2, 5]), torch.ones(2))
+    assert len(graphs) == 1
     assert ledger.column("last_step")[2] == 9
     assert ledger.column("count")[5] == 10
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 257, 65_535, 65_536, *LARGE])
-def test_permutation_is_one(n):
-    values = ops.permutation(n, 42, 0, n)
-    assert values.dtype == torch.int64
-    assert torch.equal(values.sort().values, torch.arange(n))
-
-
-@pytest.mark.parametrize("n", [1000, 65_536, *LARGE])
-def test_any_chunk_and_stride_is_part_of_the_whole(n):
-    whole = ops.permutation(n, 7, 0, n)
-    for start, stride in [(0, 1), (n // 3, 1), (5, 2), (2, 3), (n - 1, 1), (1, 7)]:
-        length = -(-(n - start) // stride)
-        assert torch.equal(ops.permutation(n, 7, start, length, stride=stride), whole[start::stride])
-    assert ops.permutation(n, 7, 3, 0).numel() == 0
-
-
-def test_no_limit_at_2_24_and_no_list():
-    n = 2**31
-    some = ops.permutation(n, 5, n - 1000, 1000)
-    assert some.unique().numel() == 1000
-    assert 0 <= int(some.min()) < int(some.max()) < n
-    assert int(some.max()) > 2**24
-
-
-def test_keys_give_different_orders():
-    assert not torch.equal(ops.permutation(100, 1, 0, 100), ops.permutation(100, 2, 0, 100))
-    assert not torch.equal(ops.permutation(70_000, 1, 0, 100), ops.permutation(70_000, 2, 0, 100))
-
-
-@pytest.mark.parametrize(("n", "keys"), [(5, 60_000), (70_000, 3_000)])
-def test_every_place_is_equally_likely(n, keys):
-    """Chi-square of where elements land, over many keys; fails for a right permutation once in 10^4 runs of a seed."""
-    cells = 5
-    for position in (0, 1, n - 1):
-        where = [int(ops.permutation(n, derive(0, key), position, 1)) * cells // n for key in range(keys)]
-        assert stats.chisquare(np.bincount(where, minlength=cells)).pvalue > 1e-4
-
-
-def test_all_orders_of_four_are_equally_likely():
-    keys = 24_000
-    orders = [tuple(ops.permutation(4, derive(1, key), 0, 4).tolist()) for key in range(keys)]
-    counts = np.unique(np.array(orders), axis=0, return_counts=True)[1]
-    assert counts.size == 24
-    assert stats.chisquare(counts).pvalue > 1e-4
-
-
-@pytest.mark.parametrize("n", [2_000, 200_000])
-def test_neighbours_are_not_kept_together(n):
-    """For a random permutation, |p(i+1) - p(i)| has mean (n^2 - 1) / (3 n) and lag correlation 0 +- 1/sqrt(n)."""
-    values = ops.permutation(n, 11, 0, n).double()
-    steps = (values[1:] - values[:-1]).abs()
-    sd = n / np.sqrt(18)  # of one |difference| of two uniforms
-    assert abs(float(steps.mean()) - n / 3) < 5 * sd / np.sqrt(n) * np.sqrt(2)
-    for lag in (1, 2, 256, 448):
-        r = np.corrcoef(values[lag:], values[:-lag])[0, 1]
-        assert abs(r) < 5 / np.sqrt(n)
-    r = np.corrcoef(values, np.arange(n))[0, 1]
-    assert abs(r) < 5 / np.sqrt(n)
+# --- bad arguments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 1, 0, 0), (2**31 + 1, 1, 0, 1), (10, 1, -1, 2), (10, 1, 5, 6), (10, 1, 0, -1)]
+    ("call", "error", "message"),
+    [
+        (lambda: ops.draw(torch.ones(3, dtype=torch.float64), 1, 0), TypeError, "must be float32, not torch.float64"),
+        (lambda: ops.draw(torch.ones(2, 2), 1, 0), ValueError, r"shape \(N,\).*\(2, 2\)"),
+        (lambda: ops.draw(torch.ones(0), 0, 0), ValueError, "shape"),
+        (lambda: ops.draw(torch.ones(3), 3, 0), ValueError, r"k=3.*\[0, 2\]"),
+        (lambda: ops.draw(torch.ones(3), -1, 0), ValueError, "k=-1"),
+        (lambda: ops.draw(torch.ones(3), 1.5, 0), TypeError, "k=1.5"),
+        (lambda: ops.histogram(torch.ones(3, dtype=torch.int64)), TypeError, "float32"),
+        (lambda: ops.histogram(torch.ones(3, 1)), ValueError, r"\(3, 1\)"),
+        (lambda: ops.histogram(torch.tensor([NAN, INF])), ValueError, "no finite value"),
+        (lambda: ops.histogram(torch.ones(3), low=2.0, high=1.0), ValueError, "low"),
+        (lambda: ops.histogram(torch.ones(3), bins=8), ValueError, "bins=8"),
+        (lambda: ops.order_statistics(torch.tensor([1.0, NAN]), [1]), ValueError, "rank=1"),
+        (lambda: ops.permutation(0, 1, 0, 0), ValueError, "permutation"),
+        (lambda: ops.permutation(2**31 + 1, 1, 0, 1), ValueError, "permutation"),
+        (lambda: ops.permutation(10, 1, -1, 2), ValueError, "permutation"),
+        (lambda: ops.permutation(10, 1, 5, 6), ValueError, "permutation"),
+        (lambda: ops.permutation(10, 1, 0, -1), ValueError, "permutation"),
+    ],
 )
-def test_bad_arguments_of_permutation(arguments):
-    with pytest.raises(ValueError, match="permutation"):
-        ops.permutation(*arguments)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
