@@ -4,6 +4,7 @@
 #   JOBS=2                  test processes
 #   PYTEST_ARGS='-k seta'   more arguments for pytest (a later -m replaces the one below)
 #   DEMO_ARGS='--epochs 3'  more arguments for the demo
+#   SAMPLEWISE_NATIVE=0     without the native kernels (see setup.py)
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -13,20 +14,31 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARTS := cuda_ext loaders plugins callbacks recipes
+KERNELS := setup.py $(wildcard cuda_ext/csrc/*)
+NATIVE := $(VENV)/.native
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format typecheck install clean FORCE
+.PHONY: help demo test sanitize bench lint format typecheck install clean FORCE
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1	\2/p' Makefile | expand -t 18
 
-demo: $(STAMP)  ## run the curriculum pruning recipe on real data; ends with a table and a report
+demo: $(NATIVE)  ## run the curriculum pruning recipe on real data; ends with a table and a report
 	$(BIN)/samplewise run prune $(DEMO_ARGS)
 
-test: lint  ## lint, then all tests but the slow ones and those that need a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not cuda" $(PYTEST_ARGS)
+test: lint $(NATIVE)  ## lint, then all tests but the slow ones and those that need a GPU; those of the ops without kernels too
+	$(PYTEST) -m "not slow and not cuda" $(PYTEST_ARGS)
+	SAMPLEWISE_NATIVE=0 $(PYTEST) -m "not slow and not cuda" tests/cuda_ext tests/plugins $(PYTEST_ARGS)
 
-bench: $(STAMP)  ## run every benchmark
+sanitize: $(NATIVE)  ## the tests of the ops on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
+	SAMPLEWISE_NATIVE=cpu CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
+	  $(BIN)/python setup.py -q build_ext --force --build-lib build/sanitized --build-temp build/sanitized
+	SAMPLEWISE_NATIVE=$(CURDIR)/build/sanitized/samplewise/cuda_ext/_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -m "not slow and not cuda" tests/cuda_ext $(PYTEST_ARGS)
+
+bench: $(NATIVE)  ## run every benchmark
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 lint: $(STAMP)  ## ruff, then mypy on the installed package
@@ -41,14 +53,20 @@ format: $(STAMP)  ## let ruff repair what it can
 # On an installed copy, as a user's mypy sees it: without py.typed or with a module left out of the wheel this fails.
 typecheck: $(STAMP)  ## mypy --strict on the installed package
 	@rm -rf build/typecheck build/lib build/bdist.*
-	@$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --target build/typecheck .
+	@SAMPLEWISE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --target build/typecheck .
 	PYTHONPATH=build/typecheck $(BIN)/mypy $(PARTS:%=-p samplewise.%)
 
-install: $(STAMP)  ## make $(VENV) and install everything
+install: $(NATIVE)  ## make $(VENV) and install everything
 
 clean:  ## remove what was built (not $(VENV), not results)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info cuda_ext/_cpu.so cuda_ext/_cuda.so $(NATIVE) .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Where there is a compiler, the kernels; they are built again when their sources change.
+$(NATIVE): $(STAMP) $(KERNELS)
+	@echo "Building the native kernels (SAMPLEWISE_NATIVE=$${SAMPLEWISE_NATIVE:-auto})"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
 
 # $(VENV).partial lies beside an environment that is being made: one that an interruption left half-made starts afresh.
 $(STAMP): pyproject.toml constraints.txt $(shell test -x $(BIN)/python || echo FORCE)
@@ -62,6 +80,6 @@ $(STAMP): pyproject.toml constraints.txt $(shell test -x $(BIN)/python || echo F
 	  touch $(VENV).partial && "$(PYTHON)" -m venv --clear $(VENV); fi
 	@touch $(VENV).partial
 	@echo "Installing samplewise and its tools into $(VENV): some minutes the first time"
-	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e '.[dev]' || { rm $(VENV).partial; exit 1; }
+	SAMPLEWISE_NATIVE=0 $(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e '.[dev]' || { rm $(VENV).partial; exit 1; }
 	@rm $(VENV).partial
 	@touch $@

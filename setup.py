@@ -1,10 +1,11 @@
 """Builds the native kernels where torch and a compiler are, and a pure Python package where not.
 
-SAMPLEWISE_NATIVE: auto (default) builds what it can; cpu, or cuda, insists on the CPU, or on both kinds of kernels; 0
-builds none. CUDA kernels need nvcc on the path (or CUDA_HOME) and no CUDA build of torch: only its stable headers are
-used, so that one library loads on torch 2.11 and all later ones.
+SAMPLEWISE_NATIVE: auto (default) builds what it can; cpu insists on the CPU kernels, and builds no others; cuda insists
+on both kinds; 0 builds none. CUDA kernels need nvcc on the path, but no CUDA build of torch: only its stable headers
+are used, so that what is built here loads on torch 2.11 and all later ones, whatever the Python.
 """
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -14,60 +15,62 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("SAMPLEWISE_NATIVE", "auto")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+TORCH = importlib.util.find_spec("torch")
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CUDA = [
-    "--fmad=false",
-    "-DUSE_CUDA",
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-]
-SOURCES = Path("cuda_ext/csrc")
-try:
-    import torch
+CPU = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CUDA = ["--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-shared", "-cudart=static", "-lineinfo"]
+CUDA += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+LINK = ["--no-as-needed", "-ltorch", "-ltorch_cpu"]
 
-    ROOT = Path(torch.__file__).parent
-except ImportError:
-    ROOT = None
-NVCC = shutil.which("nvcc") or shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
+if CHOICE not in ("auto", "cpu", "cuda", "0"):
+    raise SystemExit(f"SAMPLEWISE_NATIVE={CHOICE}: when building it must be auto, cpu, cuda or 0")
+if CHOICE in ("cpu", "cuda") and not TORCH:
+    raise SystemExit(f"SAMPLEWISE_NATIVE={CHOICE}: torch is not there; install it first, then use --no-build-isolation")
+if CHOICE == "cuda" and not NVCC:
+    raise SystemExit("SAMPLEWISE_NATIVE=cuda: nvcc is not on the path; install the CUDA toolkit, or use auto or cpu")
 
 
-class BuildKernels(build_ext):
-    """One plain shared library, no Python module: it is the same for every Python."""
+def kernels(name, pattern, **options):
+    """One plain shared library, not a Python module."""
+    root = Path(TORCH.origin).parent
+    folders = {"include_dirs": [f"{root}/include"], "library_dirs": [f"{root}/lib"]}
+    sources = sorted(map(str, Path("cuda_ext/csrc").glob(pattern)))
+    headers = sorted(map(str, Path("cuda_ext/csrc").glob("*.h")))
+    return Extension(f"samplewise.cuda_ext.{name}", sources, depends=headers, **folders, **options)
+
+
+class Build(build_ext):
+    """The C++ compiler builds one library, nvcc the other."""
 
     def get_ext_filename(self, name):
+        """Without the tag of a Python version."""
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, extension):
-        if CHOICE in ("auto", "cuda") and NVCC:
-            for source in sorted(map(str, SOURCES.glob("*.cu"))):
-                target = os.path.join(self.build_temp, Path(source).stem + ".cu.o")
-                self.mkpath(self.build_temp)
-                self.spawn([NVCC, *FLAGS, *CUDA, "-Xcompiler=-fPIC", f"-I{ROOT}/include", "-c", source, "-o", target])
-                extension.extra_objects.append(target)
-            extension.libraries.append("cudart_static")
-            extension.library_dirs.append(str(Path(NVCC).resolve().parents[1] / "lib64"))
-        super().build_extension(extension)
+        """Compile and link."""
+        if not extension.name.endswith("_cuda"):
+            return super().build_extension(extension)
+        target = self.get_ext_fullpath(extension.name)
+        self.mkpath(os.path.dirname(target))
+        folders = [f"-I{extension.include_dirs[0]}", f"-L{extension.library_dirs[0]}"]
+        self.spawn([NVCC, *FLAGS, *CUDA, *folders, *extension.sources, "-o", target, "-Xlinker=" + ",".join(LINK)])
 
 
 class Wheel(bdist_wheel):
+    """One wheel for every Python."""
+
     def get_tag(self):
+        """Of the platform only."""
         return ("py3", "none", super().get_tag()[2])
 
 
-kernels = Extension(
-    "samplewise.cuda_ext._native",
-    sorted(map(str, SOURCES.glob("*.cpp"))),
-    depends=sorted(map(str, SOURCES.glob("*.[hc]*"))),
-    include_dirs=[f"{ROOT}/include"],
-    library_dirs=[f"{ROOT}/lib"],
-    extra_compile_args=[*FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"],
-    extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],
-    optional=CHOICE == "auto",
-)
-if CHOICE == "cuda" and not NVCC:
-    raise SystemExit("SAMPLEWISE_NATIVE=cuda: there is no nvcc on the path; install the CUDA toolkit, or use auto")
-if CHOICE in ("cpu", "cuda") and ROOT is None:
-    raise SystemExit(f"SAMPLEWISE_NATIVE={CHOICE}: torch cannot be imported; install it and use --no-build-isolation")
-setup(
-    ext_modules=[kernels] if ROOT and CHOICE != "0" else [], cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel}
-)
+extensions = []
+if TORCH and CHOICE != "0":
+    link = [f"-Wl,{','.join(LINK)}"]
+    extensions = [
+        kernels("_cpu", "*.cpp", extra_compile_args=FLAGS + CPU, extra_link_args=link, optional=CHOICE == "auto")
+    ]
+    if NVCC and CHOICE != "cpu":
+        extensions.append(kernels("_cuda", "*.cu", optional=CHOICE == "auto"))
+setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

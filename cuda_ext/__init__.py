@@ -4,6 +4,6 @@ from samplewise.cuda_ext import native
 from samplewise.cuda_ext.ledger import Ledger
 
 NATIVE = native.load()
-"""What became of the native kernels, in one line."""
+"""What became of the native kernels, a line for each device."""
 
 __all__ = ["NATIVE", "Ledger"]

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 
 import samplewise.cuda_ext.ops as ops
+from samplewise.cuda_ext import NATIVE
 from samplewise.recipes.assets import cache_folder
 
 _REQUIREMENT = re.compile(
@@ -57,10 +58,10 @@ def extras() -> list[tuple[str, str]]:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """For each operator of this package, what serves it on each device, as the dispatcher has it."""
+    """What became of the native library, then for each operator what serves it on each device, as the dispatcher says."""
     prefix = f"{ops.NAMESPACE}::"
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
-    return [
+    return [(f"{device} kernels", line) for device, line in NATIVE.items()] + [
         (name.removeprefix(prefix), ", ".join(f"{device}: {served_by(name, device)}" for device in _DEVICES))
         for name in names
     ]

@@ -21,7 +21,7 @@ from samplewise.loaders import Plan, PlannedSampler
 
 needs_kernels = pytest.mark.skipif(
     not torch._C._dispatch_has_kernel_for_dispatch_key("samplewise::ledger_update", "CPU"),
-    reason=f"the native kernels: {NATIVE}",
+    reason=f"CPU kernels {NATIVE['CPU']}",
 )
 
 

@@ -28,12 +28,23 @@ for name in sys.argv[1:]:
 """
 
 
+def copy_tree(folder):
+    """A copy of the project, without what was built in it."""
+    return shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*DROPPED))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy_tree(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder with the source archive, and the wheel that was built from that archive."""
+    """The folder with the source archive, and the wheel without kernels that was built from that archive."""
     folder = tmp_path_factory.mktemp("built")
-    tree = shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*DROPPED))
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree)
+    environment = {**os.environ, "SAMPLEWISE_NATIVE": "0"}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", copy_tree(folder)]
+    call(*command, env=environment)
     return folder / "dist"
 
 
@@ -76,9 +87,11 @@ def call(*command, **options):
     return done.stdout
 
 
-def python(folders, cwd, *arguments, status=0):
+def python(folders, cwd, *arguments, status=0, environment=None):
     """Run Python on `folders` alone: without -S, this environment's editable install would be found too."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "COLUMNS": "200"} | (
+        environment or {}
+    )
     command = [sys.executable, "-S", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
     assert done.returncode == status, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -102,6 +115,49 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     }
 
 
+def test_wheel_without_kernels_is_for_every_platform(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+LOADED = "import samplewise.cuda_ext as c; from samplewise.cuda_ext.ops import permutation; print(c.NATIVE['CPU'])"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_wheel_with_kernels_is_for_every_python_and_uses_them(tree, tmp_path):
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path / "dist", tree]
+    call(*command, env={**os.environ, "SAMPLEWISE_NATIVE": "cpu"})
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-py3-none-linux" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "there")
+    assert "loaded: " in python([tmp_path / "there", *site_packages()], tmp_path, "-c", LOADED)
+    switched_off = {"SAMPLEWISE_NATIVE": "0"}
+    output = python([tmp_path / "there", *site_packages()], tmp_path, "-c", LOADED, environment=switched_off)
+    assert "not loaded: SAMPLEWISE_NATIVE=0" in output
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_so(tree, tmp_path):
+    environment = {**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++", "PATH": os.path.dirname(sys.executable)}
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation"]
+    call(*command, "--target", tmp_path / "there", tree, env=environment)
+    assert "not built: pip install" in python([tmp_path / "there", *site_packages()], tmp_path, "-c", LOADED)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [("all", "must be auto, cpu, cuda or 0"), ("cpu", "torch is not there"), ("auto", None), ("0", None)],
+)
+def test_building_where_torch_is_not(tree, tmp_path, setting, rule):
+    """As in the environment of its own that pip builds in."""
+    hidden = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build', '-b', sys.argv[1]]"
+    command = [sys.executable, "-c", f"{hidden}; exec(open('setup.py').read())", str(tmp_path / "there")]
+    environment = {**os.environ, "SAMPLEWISE_NATIVE": setting}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tree, env=environment)
+    assert (done.returncode == 0) == (rule is None), done.stderr
+    assert (rule or "") in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_source_archive_holds_what_is_needed_to_test_it(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -109,6 +165,7 @@ def test_source_archive_holds_what_is_needed_to_test_it(built):
     tests = {str(test.relative_to(ROOT)) for test in (ROOT / "tests").rglob("*.py")}
     assert names >= tests | {"pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "README.md"}
     assert names >= {name.removeprefix("samplewise/") for name in FILES}
+    assert names >= {f"cuda_ext/csrc/{path.name}" for path in (ROOT / "cuda_ext" / "csrc").iterdir()} | {"setup.py"}
 
 
 def test_metadata(installed):

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 
+from samplewise.cuda_ext import NATIVE
 from samplewise.cuda_ext.ops import NAMESPACE
 from samplewise.recipes import doctor
 
@@ -70,7 +71,8 @@ def test_satisfied(monkeypatch, version, spec, expected):
 
 def test_kernels_names_every_operator():
     rows = dict(doctor.kernels())
-    assert "ledger_update" in rows
+    assert {device: rows.pop(f"{device} kernels") for device in ("CPU", "CUDA")} == NATIVE
+    assert {"ledger_update", "permutation", "draw", "histogram", "sample_losses"} <= set(rows)
     assert all(re.fullmatch(r"CPU: (reference \(Python\)|native), CUDA: .+", text) for text in rows.values())
 
 
