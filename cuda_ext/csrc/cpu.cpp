@@ -22,10 +22,23 @@
 namespace samplewise {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 18;  // fewer elements than this are not worth a second thread
 constexpr int64_t kBlock = 1024;     // elements worked on at a time, in the first-level cache
+
+// Anything else would read or write memory that is not the tensor's. The public functions say what is wrong in words.
+void expect(const char* name, const Tensor& tensor, ScalarType type, int64_t dim, int64_t length = -1) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.dim() == dim &&
+                      (length < 0 || tensor.size(0) == length),
+                  name, ": wrong device, dtype or shape");
+}
+
+void expect_dense(const char* name, const Tensor& tensor, ScalarType type, int64_t dim) {
+  expect(name, tensor, type, dim);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
+}
 
 // --- ledger_update ---------------------------------------------------------------------------------------------------
 
@@ -42,10 +55,18 @@ struct Strided {
 void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Tensor losses,
                    std::optional<Tensor> scores, std::optional<Tensor> steps, double ema) {
   (void)links;  // the CUDA kernel's
+  const int64_t batch = ids.numel();
+  expect_dense("records", records, ScalarType::Float, 2);
+  STD_TORCH_CHECK(records.size(1) == 8, "records: must have 8 columns");
+  expect_dense("counters", counters, ScalarType::Long, 1);
+  STD_TORCH_CHECK(counters.numel() == 3, "counters: must be 3");
+  expect("ids", ids, ScalarType::Long, 1);
+  expect("losses", losses, ScalarType::Float, 1, batch);
+  if (scores) expect("scores", *scores, ScalarType::Float, 1, batch);
+  if (steps) expect("steps", *steps, ScalarType::Long, 1, batch);
   Record* rows = (Record*)records.data_ptr();
   int64_t* count = (int64_t*)counters.data_ptr();
   const uint64_t size = records.size(0);
-  const int64_t batch = ids.numel();
   const Strided<int64_t> id(ids);
   const Strided<float> loss(losses);
   const Strided<float> score(scores ? *scores : losses);
@@ -81,8 +102,12 @@ SW_CLONES void feistel_block(const Feistel& net, int64_t* out, int64_t count, ui
 }
 
 void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t stride) {
+  expect_dense("out", out, ScalarType::Long, 1);
   int64_t* to = (int64_t*)out.data_ptr();
   const int64_t length = out.numel();
+  STD_TORCH_CHECK(n >= 1 && n <= INT64_C(1) << 31 && start >= 0 && stride >= 1 &&
+                      (length == 0 || start + (length - 1) * stride < n),
+                  "permutation: positions must lie in [0, n), n in [1, 2^31]");
   if (n <= kSortedLimit) return sorted_permutation(to, length, n, seed, start, stride);
   uint32_t rows = (uint32_t)std::sqrt((double)n);
   while ((uint64_t)rows * rows < (uint64_t)n) ++rows;
@@ -106,10 +131,13 @@ SW_CLONES void key_block(uint32_t* keys, const float* weights, int64_t count, ui
 }
 
 void draw(Tensor out, Tensor tau, Tensor weights, int64_t seed) {
+  expect_dense("out", out, ScalarType::Long, 1);
+  expect_dense("tau", tau, ScalarType::Float, 1);
+  expect_dense("weights", weights, ScalarType::Float, 1);
   int64_t* ids = (int64_t*)out.data_ptr();
   const float* weight = (const float*)weights.data_ptr();
   const int64_t n = weights.numel(), k = out.numel();
-  STD_TORCH_CHECK(k < n, "draw: k is ", k, ", but must be less than the number of weights, ", n);
+  STD_TORCH_CHECK(k < n && n <= INT64_C(1) << 31 && tau.numel() == 1, "draw: k is ", k, ", but must be less than ", n);
   const uint64_t key = mix64(seed);
   std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
   std::vector<int64_t> histogram(kDrawBins);
@@ -148,10 +176,13 @@ struct Bin {
 };
 
 void histogram(Tensor bins, Tensor values, int64_t low, int64_t shift) {
+  expect_dense("bins", bins, ScalarType::Long, 2);
+  expect("values", values, ScalarType::Float, 1);
+  STD_TORCH_CHECK(bins.size(1) == 2 && shift >= 0 && shift < 32, "histogram: bins must be (B, 2), shift in [0, 32)");
   Bin* to = (Bin*)bins.data_ptr();
   const Strided<float> value(values);
   const uint64_t size = bins.size(0);
-  const uint32_t mask = shift < 32 ? (1u << shift) - 1 : ~0u;
+  const uint32_t mask = (1u << shift) - 1;
   const int64_t n = values.numel();
   std::fill(to, to + size, Bin{0, 0});
   std::mutex merging;

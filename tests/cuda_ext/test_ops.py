@@ -187,6 +187,28 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert_same_bits(results[0], other)
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("position", "wrong"),
+    [
+        (0, torch.zeros(8, 7)),
+        (0, torch.zeros(8, 16)[:, ::2]),
+        (0, torch.zeros(8, 8, dtype=torch.float64)),
+        (1, torch.zeros(1, dtype=torch.int64)),
+        (3, torch.tensor([1, 2], dtype=torch.int32)),
+        (4, torch.zeros(2, dtype=torch.float16)),
+        (4, torch.zeros(1)),
+        (5, torch.zeros(3)),
+        (6, torch.zeros(2)),
+    ],
+)
+def test_the_kernel_itself_refuses_what_would_leave_its_memory(position, wrong):
+    arguments = list(ledger_arguments(8, [1, 2]))
+    arguments[position] = wrong
+    with pytest.raises(RuntimeError, match=r"records|counters|losses|ids|scores|steps"):
+        torch.ops.samplewise.ledger_update(*arguments)
+
+
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
