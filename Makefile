@@ -29,7 +29,7 @@ demo: $(NATIVE)  ## run the curriculum pruning recipe on real data; ends with a 
 
 test: lint $(NATIVE)  ## lint, then all tests but the slow ones and those that need a GPU; those of the ops without kernels too
 	$(PYTEST) -m "not slow and not cuda" $(PYTEST_ARGS)
-	SAMPLEWISE_NATIVE=0 $(PYTEST) -m "not slow and not cuda" tests/cuda_ext tests/plugins $(PYTEST_ARGS)
+	SAMPLEWISE_NATIVE=0 $(PYTEST) -m "not slow and not cuda" --ignore=tests/cuda_ext/test_phases.py tests/cuda_ext tests/plugins $(PYTEST_ARGS)
 
 sanitize: $(NATIVE)  ## the tests of the ops on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	SAMPLEWISE_NATIVE=cpu CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \

@@ -252,9 +252,14 @@ class PlannedSampler(DistributedSampler[int], ABC):
         (``torch.no_grad()``) or while :attr:`recording` is False, nothing is recorded and the plain mean is returned,
         so that evaluation leaves no trace.
 
+        With the ledger on the GPU (``device="cuda"``) and the batch there too, nothing waits for the GPU. In a captured
+        CUDA graph each replay records and weighs anew, but only the host counts what was consumed: call
+        :meth:`advance_to` after replays.
+
         Args:
             ids: integer (B,), the ids that came with the batch.
-            losses: floating point (B,), one loss a sample, with its graph: ``reduction="none"``.
+            losses: floating point (B,), one loss a sample, with its graph: ``reduction="none"``, or
+                :func:`samplewise.cuda_ext.sample_losses`.
             scores: floating point (B,), optional, kept as the ledger's ``score``.
 
         Returns:

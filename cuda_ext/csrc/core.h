@@ -1,9 +1,19 @@
 // What the CPU and the CUDA kernels share: scalar functions that g++ and nvcc compile to the same bits. cuda_ext/ops.py
 // says what each op computes, cuda_ext/reference.py computes it for whole arrays with the same operations.
 #pragma once
+#include <cmath>
+
 #include "elementary.h"
 
 namespace samplewise {
+
+// A one-dimensional tensor, its elements at any distance.
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t stride;
+  SW_HD T operator[](uint64_t i) const { return data[(int64_t)i * stride]; }
+};
 
 // --- hashing ---------------------------------------------------------------------------------------------------------
 
@@ -64,12 +74,12 @@ struct Feistel {
   double scale;                             // 1 / columns
 };
 
-// rows is ceil(sqrt(n))
-SW_HD Feistel make_feistel(uint32_t n, uint32_t rows, uint64_t seed) {
+inline Feistel make_feistel(uint32_t n, uint64_t seed) {
   Feistel net;
   net.n = n;
-  net.rows = rows;
-  net.columns = (n + rows - 1) / rows;
+  net.rows = (uint32_t)std::sqrt((double)n);
+  while ((uint64_t)net.rows * net.rows < n) ++net.rows;  // ceil(sqrt(n))
+  net.columns = (n + net.rows - 1) / net.rows;
   net.scale = 1.0 / net.columns;
   const uint64_t key = mix64(seed);
   for (int round = 0; round < kRounds; ++round) {

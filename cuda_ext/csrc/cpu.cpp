@@ -44,13 +44,10 @@ void expect_dense(const char* name, const Tensor& tensor, ScalarType type, int64
 
 constexpr int64_t kPrefetch = 24;  // entries ahead
 
-template <typename T>
-struct Strided {
-  const T* data;
-  int64_t stride;
-  explicit Strided(const Tensor& tensor) : data((const T*)tensor.data_ptr()), stride(tensor.stride(0)) {}
-  T operator[](int64_t i) const { return data[i * stride]; }
-};
+template <class T>
+Strided<T> strided(const Tensor& tensor) {
+  return {(const T*)tensor.data_ptr(), tensor.stride(0)};
+}
 
 void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Tensor losses,
                    std::optional<Tensor> scores, std::optional<Tensor> steps, double ema) {
@@ -67,10 +64,10 @@ void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Te
   Record* rows = (Record*)records.data_ptr();
   int64_t* count = (int64_t*)counters.data_ptr();
   const uint64_t size = records.size(0);
-  const Strided<int64_t> id(ids);
-  const Strided<float> loss(losses);
-  const Strided<float> score(scores ? *scores : losses);
-  const Strided<int64_t> step(steps ? *steps : ids);
+  const auto id = strided<int64_t>(ids);
+  const auto loss = strided<float>(losses);
+  const auto score = strided<float>(scores ? *scores : losses);
+  const auto step = strided<int64_t>(steps ? *steps : ids);
   for (int64_t i = 0; i < batch; ++i)
     STD_TORCH_CHECK((uint64_t)id[i] < size, "ids: id ", id[i], " is outside [0, ", size, ")");
   const int32_t now = (int32_t)count[kUpdates];
@@ -109,9 +106,7 @@ void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t str
                       (length == 0 || start + (length - 1) * stride < n),
                   "permutation: positions must lie in [0, n), n in [1, 2^31]");
   if (n <= kSortedLimit) return sorted_permutation(to, length, n, seed, start, stride);
-  uint32_t rows = (uint32_t)std::sqrt((double)n);
-  while ((uint64_t)rows * rows < (uint64_t)n) ++rows;
-  const Feistel net = make_feistel((uint32_t)n, rows, seed);
+  const Feistel net = make_feistel((uint32_t)n, seed);
   torch::stable::parallel_for(0, length, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += kBlock) {
       const int64_t stop = std::min(first + kBlock, end);
@@ -180,7 +175,7 @@ void histogram(Tensor bins, Tensor values, int64_t low, int64_t shift) {
   expect("values", values, ScalarType::Float, 1);
   STD_TORCH_CHECK(bins.size(1) == 2 && shift >= 0 && shift < 32, "histogram: bins must be (B, 2), shift in [0, 32)");
   Bin* to = (Bin*)bins.data_ptr();
-  const Strided<float> value(values);
+  const auto value = strided<float>(values);
   const uint64_t size = bins.size(0);
   const uint32_t mask = (1u << shift) - 1;
   const int64_t n = values.numel();

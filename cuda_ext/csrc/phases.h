@@ -6,15 +6,31 @@
 //     static constexpr int kPhases = 2;
 //     template <int phase> SW_HD void run(uint32_t block, uint32_t thread, Shared& shared) const;
 //
-// A phase is what a thread does between two barriers: it reads nothing that another thread writes in the same phase, but
-// through the atomics below. Local variables do not outlive a phase. launch() runs it on a GPU; emulate(), for tests,
-// runs the threads of each phase in random order, and the blocks at once in several CPU threads.
+// A phase is what a thread does between two barriers: it reads nothing that another thread writes in the same phase,
+// but through the atomics below. Local variables do not outlive a phase. launch() runs it on a GPU; emulate(), for
+// tests, runs the threads of each phase in random order, and the blocks at once in several CPU threads.
 #pragma once
 #include "elementary.h"
 
 namespace samplewise {
 
-// Each gives what stood there before.
+SW_HD uint32_t atomic_load(const uint32_t* where) {
+#ifdef __CUDA_ARCH__
+  return *(const volatile uint32_t*)where;
+#else
+  return __atomic_load_n(where, __ATOMIC_RELAXED);
+#endif
+}
+
+SW_HD void atomic_store(uint32_t* where, uint32_t value) {
+#ifdef __CUDA_ARCH__
+  *(volatile uint32_t*)where = value;
+#else
+  __atomic_store_n(where, value, __ATOMIC_RELAXED);
+#endif
+}
+
+// These give what stood there before.
 SW_HD uint32_t atomic_exchange(uint32_t* where, uint32_t value) {
 #ifdef __CUDA_ARCH__
   return atomicExch(where, value);

@@ -12,8 +12,8 @@
 namespace samplewise {
 
 template <int phase, class Kernel, class Random>
-void emulate_phases(const Kernel& kernel, uint32_t block, std::vector<uint32_t>& threads, typename Kernel::Shared& shared,
-                    Random& random) {
+void emulate_phases(const Kernel& kernel, uint32_t block, std::vector<uint32_t>& threads,
+                    typename Kernel::Shared& shared, Random& random) {
   if constexpr (phase < Kernel::kPhases) {
     std::shuffle(threads.begin(), threads.end(), random);
     for (uint32_t thread : threads) kernel.template run<phase>(block, thread, shared);

@@ -4,39 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from kernel_cases import DRAW, HISTOGRAM, LEDGER, PERMUTATION, assert_same, ledger_arguments, results, rng
 from samplewise.cuda_ext import Ledger, ops, reference
 from support import needs_kernels
 
 INF, NAN = float("inf"), float("nan")
-FLOAT32 = np.finfo(np.float32)
-ODD_LOSSES = [0.0, -0.0, 1e-45, -1e-42, 1.0, 1e18, 1.1e18, -1e18, 3e38, NAN, INF, -INF]
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def ledger_arguments(size, ids, losses=None, scores=None, steps=None):
-    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-    losses = torch.linspace(0, 3, ids.numel()) if losses is None else losses
-    counters = torch.tensor([3, 0, 5])
-    return torch.zeros(size, 8), counters, torch.zeros(0, dtype=torch.int32), ids, losses, scores, steps, 0.9
-
-
-def assert_same_bits(one, other):
-    for a, b in zip(one, other, strict=True):
-        a, b = (x.view(torch.int32) if x.is_floating_point() else x for x in (a, b))
-        assert torch.equal(a, b)
-
 
 # --- opcheck ----------------------------------------------------------------------------------------------------------
 
 SAMPLES = {
     "ledger_update": [
         ledger_arguments(8, [1, 2, 3]),
-        ledger_arguments(8, [1, 1, 1], scores=torch.ones(3)),
-        ledger_arguments(8, [], steps=torch.zeros(0, dtype=torch.int64)),
-        ledger_arguments(1, [0, 0], steps=torch.tensor([4, 9]), scores=torch.tensor([NAN, 1.0])),
+        ledger_arguments(8, [1, 1, 1], scores=True),
+        ledger_arguments(8, [], steps=True),
+        ledger_arguments(1, [0, 0], steps=True, scores=True),
     ],
     "permutation": [(torch.empty(min(n, 5), dtype=torch.int64), n, 3, 0, 1) for n in (1, 10, 70_000)],
     "draw": [
@@ -57,54 +38,44 @@ def test_opcheck(name, arguments):
     torch.library.opcheck(getattr(torch.ops.samplewise, name).default, arguments)
 
 
-# --- kernel and reference ---------------------------------------------------------------------------------------------
-
-BATCHES = {
-    "unique": (1000, rng().permutation(1000)[:300]),
-    "from ten ids": (10, rng().integers(0, 10, 3000)),
-    "one id": (50, np.full(2000, 7)),
-    "one sample": (1, np.zeros(20)),
-    "some twice": (10_000, rng().integers(0, 10_000, 4096)),
-    "empty": (5, []),
-    "beyond 2^24": (2**24 + 9, 2**24 + rng().integers(0, 9, 40)),
-}
-
-
-def odd_losses(count, seed):
-    values = rng(seed).lognormal(0, 3, count).astype(np.float32)
-    chosen = rng(seed + 1).random(count) < 0.3
-    values[chosen] = rng(seed + 2).choice(np.array(ODD_LOSSES, dtype=np.float32), int(chosen.sum()))
-    return torch.from_numpy(values)
+# --- kernel and reference: test_phases does the same for the CUDA kernels ---------------------------------------------
 
 
 @needs_kernels
-@pytest.mark.parametrize("with_scores", [False, True])
-@pytest.mark.parametrize("with_steps", [False, True])
-@pytest.mark.parametrize("name", BATCHES)
-def test_ledger_update_kernel_and_reference_agree(name, with_scores, with_steps):
-    size, ids = BATCHES[name]
-    native, plain = ledger_arguments(size, ids)[:3], ledger_arguments(size, ids)[:3]
-    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-    for step in range(3):
-        losses = odd_losses(ids.numel(), 10 * step)
-        scores = odd_losses(ids.numel(), 10 * step + 5) if with_scores else None
-        steps = torch.arange(ids.numel()) * 7 - 5 if with_steps else None
-        ops.ledger_update(*native, ids, losses, scores, steps, 0.8)
-        reference.ledger_update(*plain, ids, losses, scores, steps, 0.8)
-        assert_same_bits(native, plain)
-    assert native[1][reference.UPDATES] == (5 if with_steps else 8)
+@pytest.mark.parametrize("spread", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("arguments", LEDGER)
+def test_ledger_update(arguments, spread):
+    kernel, plain = torch.ops.samplewise.ledger_update, reference.ledger_update
+    assert_same(results(kernel, arguments, 3, spread=spread, repeat=3), results(plain, arguments, 3, repeat=3))
 
 
 @needs_kernels
-def test_ledger_update_takes_any_stride():
-    ids = torch.from_numpy(rng(4).integers(0, 30, 60))
-    spread = torch.full((60, 3), 99.0)
-    spread[:, 1] = odd_losses(60, 4)
-    strided, dense = (ledger_arguments(30, [])[:3] for _ in range(2))
-    wide = torch.stack([ids, -ids], dim=1)
-    ops.ledger_update(*strided, wide[:, 0], spread[:, 1], spread[:, 1], wide[:, 0], 0.5)
-    ops.ledger_update(*dense, ids, spread[:, 1].clone(), spread[:, 1].clone(), ids, 0.5)
-    assert_same_bits(strided, dense)
+@pytest.mark.parametrize("arguments", PERMUTATION)
+def test_permutation(arguments):
+    assert_same(results(torch.ops.samplewise.permutation, arguments, 1), results(reference.permutation, arguments, 1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("arguments", DRAW)
+def test_draw(arguments):
+    assert_same(results(torch.ops.samplewise.draw, arguments, 2), results(reference.draw, arguments, 2))
+
+
+@needs_kernels
+@pytest.mark.parametrize("spread", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("arguments", HISTOGRAM)
+def test_histogram(arguments, spread):
+    kernel, plain = torch.ops.samplewise.histogram, reference.histogram
+    assert_same(results(kernel, arguments, 1, spread=spread), results(plain, arguments, 1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [2**24 + 9, 2**26])
+def test_ledger_update_beyond_float_precision(size):
+    arguments = ledger_arguments(size, size - rng().integers(1, 9, 40))
+    assert_same(
+        results(torch.ops.samplewise.ledger_update, arguments, 2), results(reference.ledger_update, arguments, 2)
+    )
 
 
 @pytest.mark.parametrize("bad", [[3, 10], [-1, 2], [2**40, 0], [1, -(2**63)]])
@@ -113,66 +84,13 @@ def test_an_id_outside_raises_and_changes_nothing(bad):
     before = [x.clone() for x in arguments[:2]]
     with pytest.raises(IndexError, match=r"is outside \[0, 10\)"):
         ops.ledger_update(*arguments)
-    assert_same_bits(arguments[:2], before)
-
-
-def draw_of(function, weights, k, seed):
-    out, tau = torch.empty(k, dtype=torch.int64), torch.empty(1)
-    function(out, tau, weights, seed)
-    return out, tau
-
-
-WEIGHTS = {
-    "equal": np.ones(5000),
-    "heavy tail": rng().pareto(0.5, 70_001) + 1e-3,
-    "two": np.array([1.0, 3.0]),
-    "zeros": np.where(rng().random(3000) < 0.9, 0, 1.0),
-    "keys that overflow": np.full(300, 1e-45),
-    "denormal and not a weight": np.array([1e-40, NAN, -1.0, 1.0, 1e-45, -INF, INF, 2.0] * 50),
-    "beyond a cache block": rng(3).random(200_000),
-}
-
-
-@needs_kernels
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_draw_kernel_and_reference_agree(name, share):
-    weights = torch.from_numpy(WEIGHTS[name].astype(np.float32))
-    k = round(share * (weights.numel() - 1))
-    for seed in (0, 1, 2**63 - 1):
-        native = draw_of(torch.ops.samplewise.draw, weights, k, seed)
-        assert_same_bits(native, draw_of(reference.draw, weights, k, seed))
-
-
-@needs_kernels
-@pytest.mark.parametrize("n", [1, 2, 3, 257, 65_535, 65_536, 65_537, 100_003, 2**24 + 1, 2**31])
-def test_permutation_kernel_and_reference_agree(n):
-    for start, stride in ((0, 1), (n // 3, 1), (n // 2, 3), (n - 1, 1)):
-        length = min(5000, (n - 1 - start) // stride + 1)
-        for seed in (0, 12345, 2**63 - 1):
-            native, plain = (torch.empty(length, dtype=torch.int64) for _ in range(2))
-            torch.ops.samplewise.permutation(native, n, seed, start, stride)
-            reference.permutation(plain, n, seed, start, stride)
-            assert torch.equal(native, plain)
-
-
-@needs_kernels
-@pytest.mark.parametrize("shift", [0, 3, 12, 16, 23])
-@pytest.mark.parametrize("low", [0, 1 << 31, 3_000_000_000])
-def test_histogram_kernel_and_reference_agree(low, shift):
-    values = torch.cat([odd_losses(5000, 8), -odd_losses(5000, 9), torch.full((300,), 2.5)])
-    low = low >> shift << shift
-    for part in (values, values[::3], values[:0]):
-        native, plain = (torch.full((1024, 2), -1) for _ in range(2))
-        torch.ops.samplewise.histogram(native, part, low, shift)
-        reference.histogram(plain, part, low, shift)
-        assert torch.equal(native, plain)
+    assert_same(list(arguments[:2]), before)
 
 
 @needs_kernels
 def test_any_number_of_threads_gives_the_same_bits():
     weights = torch.from_numpy(rng(5).lognormal(size=1_500_000).astype(np.float32))
-    results = []
+    found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -180,11 +98,11 @@ def test_any_number_of_threads_gives_the_same_bits():
             ids, tau = ops.draw(weights, 400_000, 3)
             counted = ops.histogram(weights)
             bins = torch.from_numpy(np.stack([counted.counts, counted.offsets]))
-            results.append((ids, torch.tensor(tau), ops.permutation(1_500_000, 9, 0, 1_500_000), bins))
+            found.append([ids, torch.tensor(tau), ops.permutation(1_500_000, 9, 0, 1_500_000), bins])
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    for other in found[1:]:
+        assert_same(found[0], other)
 
 
 @needs_kernels

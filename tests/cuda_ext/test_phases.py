@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import DRAW, HISTOGRAM, LEDGER, PERMUTATION, assert_same, ledger_arguments, odd_values, results
+from kernel_cases import DRAW, HISTOGRAM, LEDGER, PERMUTATION, assert_same, ledger_arguments, results
 from samplewise.cuda_ext import reference
 
 HERE = Path(__file__).parent
