@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import best_of, header, table
+from timing import best_of, header, judged, table
 
+from samplewise.cuda_ext import Ledger, reference
 from samplewise.plugins import InfoBatch, Uniform
 
 N = 1_000_000
@@ -28,11 +29,16 @@ def main() -> None:
         weighted.observe(torch.arange(N), torch.rand(N))
         for sampler in (plain, weighted):
             sampler.set_epoch(1)
-        store = torch.zeros(N)
+        store, ledger, detached, norms = torch.zeros(N), Ledger(N), losses.detach(), torch.rand(batch)
+        counters, links = torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
+        arguments = (ledger.records, counters, links, ids, detached, None, None, ledger.ema)
         calls = {
             "losses.mean()": losses.mean,
-            "store[ids] = losses": partial(store.__setitem__, ids, losses.detach()),
+            "store[ids] = losses": partial(store.__setitem__, ids, detached),
+            "Ledger.update": partial(ledger.update, ids, losses),
+            "reference op": partial(reference.ledger_update, *arguments),
             "observe, no weights (mean included)": partial(plain.observe, ids, losses),
+            "observe, scores=norms (mean included)": partial(plain.observe, ids, losses, scores=norms),
             "observe, with weights (mean included)": partial(weighted.observe, ids, losses),
             "observe, every id twice (mean included)": partial(plain.observe, twice, losses),
         }
@@ -40,7 +46,9 @@ def main() -> None:
         mean, base = times["losses.mean()"], times["store[ids] = losses"]
         for name, seconds in times.items():
             added = seconds - mean if "observe" in name else seconds
-            rows.append([name, f"{batch}", f"{seconds * 1e6:.1f}", f"{added * 1e6:.1f}", f"{seconds / base:.1f}x"])
+            most = 15 if batch == 256 and "no weights" in name else None
+            more = judged(added * 1e6, "", digits=1, most=most)
+            rows.append([name, f"{batch}", f"{seconds * 1e6:.1f}", more, f"{seconds / base:.1f}x"])
     table(["call", "batch", "us", "us added to mean()", "ratio"], rows)
 
 

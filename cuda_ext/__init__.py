@@ -1,9 +1,10 @@
-"""Per-sample bookkeeping: the ledger and the ops under it."""
+"""Per-sample bookkeeping: the ledger, losses of single samples, and the ops under them."""
 
 from samplewise.cuda_ext import native
 from samplewise.cuda_ext.ledger import Ledger
+from samplewise.cuda_ext.losses import SampleLosses, sample_losses
 
 NATIVE = native.load()
 """What became of the native kernels, a line for each device."""
 
-__all__ = ["NATIVE", "Ledger"]
+__all__ = ["NATIVE", "Ledger", "SampleLosses", "sample_losses"]

@@ -40,7 +40,7 @@ def log1p_positive(x: Tensor) -> Tensor:
 
 
 def square_root(x: Tensor) -> Tensor:
-    """The float32 nearest to the square root, of any shape: through float64, as a vector library's may be off by one."""
+    """The float32 nearest to the square root, of any shape. Not every vector library rounds it right; float64 does."""
     return torch.sqrt(x.double()).float()
 
 
@@ -50,7 +50,7 @@ def power_of_two(d: Tensor) -> Tensor:
 
 
 def scaled_exp(z: Tensor, origin: Tensor, faint: int) -> Tensor:
-    """``exp(z) / 2^K`` to within 2e-7 of itself, float32; 0 where it is below ``2^-faint``.
+    """``exp(z) / 2^K`` to within 2.5e-7 of itself, float32; 0 where it is below ``2^-faint``.
 
     With k the integer nearest to z / log 2 and f = z - k log 2, it is exp(f) 2^(k - K), exp(f) a polynomial on
     [-0.35, 0.35].

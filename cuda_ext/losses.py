@@ -212,10 +212,12 @@ def _sums(logits: Tensor, index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor,
         value = scaled_exp(z, origin, _FAINT)
         sums, squares = sums + value, squares + value * value
     parts = min(threads, _PARTS)
-    lanes = [lane.view(rows, threads // parts, parts, _GROUP).permute(3, 1, 2, 0) for lane in (origin, sums, squares)]
-    for _ in range(3):  # the lanes of a thread, threads t, t + 16, ..., what is left
-        lanes = _added(*lanes)
-    return _normalised(*lanes)
+    origin, sums, squares = (
+        lane.view(rows, threads // parts, parts, _GROUP).permute(3, 1, 2, 0) for lane in (origin, sums, squares)
+    )
+    for _ in range(3):  # the lanes of a thread; threads t, t + 16, ...; what is left
+        origin, sums, squares = _added(origin, sums, squares)
+    return _normalised(origin, sums, squares)
 
 
 def _added(origin: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +255,8 @@ def _normalised(origin: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, 
 def _finished(origin: Tensor, sums: Tensor, squares: Tensor, label: Tensor, shift: Tensor) -> Tensor:
     """Columns loss, norm, shift, origin, inverse and 1 - p_y, (R, 6), from the sums over j != y and the label's z.
 
-    With d the power of two that the label's scale is above the others', the smaller term is divided by the larger.
+    With d the power of two that the label's scale is above the others', the smaller term is divided by the larger. A
+    shift of -0, the maximum of zeros, becomes 0.
     """
     bounded = torch.where(label < -_LIMIT, -_LIMIT, label)
     own_origin = ROUNDER - ((bounded * LOG2E + ROUNDER) - ROUNDER)
@@ -270,14 +273,16 @@ def _finished(origin: Tensor, sums: Tensor, squares: Tensor, label: Tensor, shif
     spread = torch.where(sums > 0, squares / sums / sums, 0.0)
     norm = complement * square_root(1.0 + spread)
     inverse = torch.reciprocal(large + small)
-    out = torch.stack((loss, norm, shift, torch.where(likely, own_origin, origin), inverse, complement), 1)
+    out = torch.stack((loss, norm, shift + 0.0, torch.where(likely, own_origin, origin), inverse, complement), 1)
     return out.masked_fill_(~((sums >= 0) & (label == label))[:, None], torch.nan)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::sample_losses", lib=LIBRARY)
 def _fake(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows,), (rows, 4)))
+    rows = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return rows, torch.empty_like(rows), rows.new_empty((logits.shape[0], 4))
+
+
+torch.library.register_fake(f"{NAMESPACE}::sample_losses", _fake, lib=LIBRARY)
 
 
 # --- its gradient -----------------------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "sample_losses_backward", "CompositeExplicitAutograd")
 def _backward_reference(grad: Tensor, logits: Tensor, labels: Tensor, state: Tensor, ignore_index: int) -> Tensor:
     classes = logits.shape[1]
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = logits.new_empty(logits.shape)
     for rows in _pieces(logits):
         shift, origin, inverse, complement = state[rows, :, None].unbind(1)
         outer, y = grad[rows, None], labels[rows, None]
@@ -305,9 +310,11 @@ def _backward_reference(grad: Tensor, logits: Tensor, labels: Tensor, state: Ten
     return out
 
 
-@torch.library.register_fake(f"{NAMESPACE}::sample_losses_backward", lib=LIBRARY)
 def _backward_fake(grad: Tensor, logits: Tensor, labels: Tensor, state: Tensor, ignore_index: int) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty(logits.shape)
+
+
+torch.library.register_fake(f"{NAMESPACE}::sample_losses_backward", _backward_fake, lib=LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -319,7 +326,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[T
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
     logits, labels, state = ctx.saved_tensors
-    return torch.ops.samplewise.sample_losses_backward(grad, logits, labels, state, ctx.ignore_index), None, None
+    grad_logits = torch.ops.samplewise.sample_losses_backward(grad, logits, labels, state, ctx.ignore_index)
+    return grad_logits, None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::sample_losses", _backward, setup_context=_setup_context, lib=LIBRARY)

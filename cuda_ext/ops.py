@@ -118,7 +118,7 @@ def permutation(n: int, seed: int, start: int, length: int, *, stride: int = 1, 
         raise ValueError(
             f"permutation(n={n}, start={start}, length={length}, stride={stride}): positions must lie in [0, n)."
         )
-    out = torch.empty(length, dtype=torch.int64, device=device)
+    out = _empty(length, torch.device(device))
     torch.ops.samplewise.permutation(out, n, seed, start, stride)
     return out
 
@@ -149,10 +149,17 @@ def draw(weights: Tensor, k: int, seed: int) -> tuple[Tensor, float]:
         raise ValueError(
             f"draw(weights=...): weights must have shape (N,), N in [1, 2^31], not {tuple(weights.shape)}."
         )
-    out = torch.empty(integer("draw", "k", k, 0, weights.numel() - 1), dtype=torch.int64, device=weights.device)
+    out = _empty(integer("draw", "k", k, 0, weights.numel() - 1), weights.device)
     tau = torch.empty(1, dtype=torch.float32, device=weights.device)
     torch.ops.samplewise.draw(out, tau, weights.contiguous(), seed)
     return out, float(tau)
+
+
+def _empty(length: int, device: torch.device) -> Tensor:
+    """Int64 (length,): on the CPU from numpy, whose memory comes in huge pages, which torch's does not."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(length, dtype=np.int64))
+    return torch.empty(length, dtype=torch.int64, device=device)
 
 
 def histogram(values: Tensor, *, low: float | None = None, high: float | None = None, bins: int = 65_536) -> Histogram:
@@ -192,7 +199,8 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
     first = first >> shift << shift
     counted = torch.empty((last - first >> shift) + 1, 2, dtype=torch.int64, device=values.device)
     torch.ops.samplewise.histogram(counted, values, first, shift)
-    return Histogram(*counted.cpu().numpy().T, first, shift)
+    counts, offsets = counted.cpu().numpy().T
+    return Histogram(counts, offsets, first, shift)
 
 
 def order_statistics(values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32]:

@@ -237,7 +237,8 @@ def histogram(bins: Tensor, values: Tensor, low: int, shift: int) -> None:
 def order_keys(values: Float32Array) -> NDArray[np.uint32]:
     """Integers in the order of the floats; -0 counts as 0."""
     bits = (values + np.float32(0)).view(np.uint32)
-    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(0x80000000))
+    keys: NDArray[np.uint32] = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(0x80000000))
+    return keys
 
 
 def values_of(keys: Int64Array) -> Float32Array:

@@ -252,9 +252,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         (``torch.no_grad()``) or while :attr:`recording` is False, nothing is recorded and the plain mean is returned,
         so that evaluation leaves no trace.
 
-        With the ledger on the GPU (``device="cuda"``) and the batch there too, nothing waits for the GPU. In a captured
-        CUDA graph each replay records and weighs anew, but only the host counts what was consumed: call
-        :meth:`advance_to` after replays.
+        With ledger (``device="cuda"``) and batch on the GPU, nothing waits for it. In a captured CUDA graph each replay
+        records and weighs anew, but what was consumed only the host counts: call :meth:`advance_to` after replays.
 
         Args:
             ids: integer (B,), the ids that came with the batch.

@@ -58,7 +58,7 @@ def extras() -> list[tuple[str, str]]:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """What became of the native library, then for each operator what serves it on each device, as the dispatcher says."""
+    """What became of the kernels, then for each operator what serves it on each device, as the dispatcher has it."""
     prefix = f"{ops.NAMESPACE}::"
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
     return [(f"{device} kernels", line) for device, line in NATIVE.items()] + [

@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from samplewise.callbacks import SamplingCallback  # samplewise
 from samplewise.callbacks.report import SamplingReport, Stopwatch
+from samplewise.cuda_ext import sample_losses  # samplewise
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
 from samplewise.plugins.clustering import BINS
 from samplewise.recipes.arms import Arm, make_sampler, make_schedule, plan_arms
@@ -149,7 +150,7 @@ class Classifier(LightningModule):
         options: PruneOptions,
         metric: str,
         sampler: Any,
-        observe: Callable[[Tensor, Tensor], Tensor],
+        observe: Callable[..., Tensor],
         ends: Sequence[int],
     ):
         super().__init__()
@@ -162,9 +163,10 @@ class Classifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         ids, batch = batch  # samplewise
         x, y = batch
-        losses = F.cross_entropy(self.network(x), y, reduction="none")
-        loss = losses.mean()
-        loss = self.observe(ids, losses)  # samplewise
+        logits = self.network(x)
+        loss = F.cross_entropy(logits, y)
+        losses, norms = sample_losses(logits, y)  # samplewise
+        loss = self.observe(ids, losses, scores=norms)  # samplewise
         return loss
 
     @override
