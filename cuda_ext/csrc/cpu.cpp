@@ -60,6 +60,27 @@ Strided<T> strided(const Tensor& tensor) {
   return {(const T*)tensor.data_ptr(), tensor.stride(0)};
 }
 
+// Gives the number of losses that were rejected. The arguments are anything with an index.
+template <class Ids, class Losses, class Scores, class Steps>
+int64_t add_losses(Record* rows, int64_t batch, Ids ids, Losses losses, Scores scores, Steps steps, float rate) {
+  int64_t rejected = 0;
+  for (int64_t i = 0; i < batch; ++i) {
+    if (i + kFar < batch) __builtin_prefetch(&rows[ids[i + kFar]], 1, 2);
+    if (i + kNear < batch) __builtin_prefetch(&rows[ids[i + kNear]], 1, 3);
+    if (is_accepted(losses[i]))
+      add_loss(rows[ids[i]], losses[i], scores[i], (int32_t)steps[i], rate);
+    else
+      ++rejected;
+  }
+  return rejected;
+}
+
+template <class T>
+struct Always {
+  T value;
+  T operator[](int64_t) const { return value; }
+};
+
 void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Tensor losses,
                    std::optional<Tensor> scores, std::optional<Tensor> steps, double ema) {
   (void)links;  // the CUDA kernel's
@@ -77,22 +98,17 @@ void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Te
   const uint64_t size = records.size(0);
   const auto id = strided<int64_t>(ids);
   const auto loss = strided<float>(losses);
-  const auto score = strided<float>(scores ? *scores : losses);
-  const auto step = strided<int64_t>(steps ? *steps : ids);
   for (int64_t i = 0; i < batch; ++i)
     STD_TORCH_CHECK((uint64_t)id[i] < size, "ids: id ", id[i], " is outside [0, ", size, ")");
-  const int32_t now = (int32_t)count[kUpdates];
+  const int64_t now = count[kUpdates];
   const float rate = (float)(1 - ema), none = std::nanf("");
-  int64_t rejected = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    if (i + kFar < batch) __builtin_prefetch(&rows[id[i + kFar]], 1, 2);
-    if (i + kNear < batch) __builtin_prefetch(&rows[id[i + kNear]], 1, 3);
-    if (is_accepted(loss[i]))
-      add_loss(rows[id[i]], loss[i], scores ? score[i] : none, steps ? (int32_t)step[i] : now, rate);
-    else
-      ++rejected;
+  if (!scores && !steps && id.stride == 1 && loss.stride == 1) {  // the usual case, a tenth faster
+    count[kRejected] += add_losses(rows, batch, id.data, loss.data, Always<float>{none}, Always<int64_t>{now}, rate);
+  } else {
+    const auto score = scores ? strided<float>(*scores) : Strided<float>{&none, 0};
+    const auto step = steps ? strided<int64_t>(*steps) : Strided<int64_t>{&now, 0};
+    count[kRejected] += add_losses(rows, batch, id, loss, score, step, rate);
   }
-  count[kRejected] += rejected;
   if (!steps) count[kUpdates] += 1;
 }
 
