@@ -28,8 +28,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_three_examples():
-    assert len(BLOCKS) == 3
+def test_there_are_the_four_examples():
+    assert len(BLOCKS) == 4
 
 
 def test_plain_loop_and_lightning(names):
@@ -41,9 +41,13 @@ def test_plain_loop_and_lightning(names):
     exec(BLOCKS[1], names)
     assert names["sampler"].ledger.seen.all()
     assert names["trainer"].current_epoch == 3
+    before = names["sampler"].ledger.updates
+    exec(BLOCKS[2], names)
+    assert names["sampler"].ledger.updates == before + len(names["loader"])
+    assert names["sampler"].ledger.column("score").isfinite().any()
 
 
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[2])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[3])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5
