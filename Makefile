@@ -32,7 +32,7 @@ test: lint $(NATIVE)  ## lint, then all tests but the slow ones and those that n
 	SAMPLEWISE_NATIVE=0 $(PYTEST) -m "not slow and not cuda" --ignore=tests/cuda_ext/test_phases.py tests/cuda_ext tests/plugins $(PYTEST_ARGS)
 
 sanitize: $(NATIVE)  ## the tests of the ops on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
-	SAMPLEWISE_NATIVE=cpu CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
+	SAMPLEWISE_NATIVE=cpu CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	  $(BIN)/python setup.py -q build_ext --force --build-lib build/sanitized --build-temp build/sanitized
 	SAMPLEWISE_NATIVE=$(CURDIR)/build/sanitized/samplewise/cuda_ext/_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \

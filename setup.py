@@ -18,7 +18,7 @@ CHOICE = os.environ.get("SAMPLEWISE_NATIVE", "auto")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 TORCH = importlib.util.find_spec("torch")
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CPU = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CPU = ["-ffp-contract=off", "-fno-wrapv", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CUDA = ["--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-shared", "-cudart=static", "-lineinfo"]
 CUDA += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 LINK = ["--no-as-needed", "-ltorch", "-ltorch_cpu"]
