@@ -8,11 +8,16 @@ are used, so that what is built here loads on torch 2.11 and all later ones, wha
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # pyproject.toml asks for it, but --no-build-isolation takes what is there
+    raise SystemExit("samplewise needs setuptools 77 or newer to be built: pip install 'setuptools>=77'") from None
 
 CHOICE = os.environ.get("SAMPLEWISE_NATIVE", "auto")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -21,7 +26,9 @@ FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CPU = ["-ffp-contract=off", "-fno-wrapv", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CUDA = ["--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-shared", "-cudart=static", "-lineinfo"]
 CUDA += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-LINK = ["--no-as-needed", "-ltorch", "-ltorch_cpu"]
+LINK = ["-ltorch", "-ltorch_cpu"]
+if sys.platform == "linux":
+    LINK.insert(0, "--no-as-needed")  # so that the current CUDA stream's symbol is found, which is weak
 
 if CHOICE not in ("auto", "cpu", "cuda", "0"):
     raise SystemExit(f"SAMPLEWISE_NATIVE={CHOICE}: when building it must be auto, cpu, cuda or 0")
@@ -67,7 +74,7 @@ class Wheel(bdist_wheel):
 
 extensions = []
 if TORCH and CHOICE != "0":
-    link = [f"-Wl,{','.join(LINK)}"]
+    link = [f"-Wl,{flag}" if flag.startswith("--") else flag for flag in LINK]
     extensions = [
         kernels("_cpu", "*.cpp", extra_compile_args=FLAGS + CPU, extra_link_args=link, optional=CHOICE == "auto")
     ]

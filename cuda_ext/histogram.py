@@ -46,7 +46,7 @@ class Histogram:
     @property
     def mean(self) -> float:
         """Mean of the values counted, NaN where there are none: the same for any order of them."""
-        return float(self.counts @ self.means) / self.count if self.count else nan
+        return float((self.counts * self.means).sum()) / self.count if self.count else nan
 
     def bin_of(self, rank: int) -> tuple[int, int]:
         """The bin of the value of that rank, from 0, and how many values the bins before it hold."""

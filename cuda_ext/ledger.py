@@ -147,8 +147,7 @@ class Ledger:
 
         ``loss_last``, ``loss_ema``, ``loss_mean``, ``loss_m2`` (Welford's sum of squared deviations) and ``score``:
         float32, NaN where nothing was recorded. ``count``: int32, 0 where unseen. ``last_step``: int32, -1 where
-        unseen. ``weight``: float32, of the current plan: 0 where it has no weights, NaN where it has but not for this
-        sample.
+        unseen. ``weight``: float32, of the current plan, 0 where it gives none.
         """
         if name not in _COLUMNS:
             raise KeyError(f"Ledger.column({name!r}): no such column; there are {', '.join(_COLUMNS)}.")
@@ -177,21 +176,32 @@ class Ledger:
         return int(self._counters[reference.UPDATES])
 
     def set_weights(self, ids: Tensor, weights: Tensor) -> None:
-        """Write the current plan's weights: ``weights`` float32 (k,) at the unique ``ids`` int64 (k,), else NaN."""
-        self.records[:, reference.WEIGHT] = torch.nan
-        self.records[ids.to(self.device), reference.WEIGHT] = weights.to(self.device, torch.float32)
+        """Write the current plan's weights, float32 (k,) and >= 0, at the unique ``ids`` int64 (k,)."""
+        self.clear_weights()
+        # A record without a weight holds 0, as new memory does: a weight of 0 becomes the smallest normal number.
+        given = weights.to(self.device, torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
+        self.records[ids.to(self.device), reference.WEIGHT] = given
 
     def clear_weights(self) -> None:
         """Say that the current plan has no weights."""
         self.records[:, reference.WEIGHT] = 0
 
-    def weights(self, ids: Tensor) -> Tensor:
-        """The current plan's weights of ``ids`` (B,), 1 for ids that are not in it: float32 (B,), where ``ids`` is."""
-        column = self.records.select(1, reference.WEIGHT)
-        return column.index_select(0, self._here(self._entries(ids))).nan_to_num_(nan=1.0).to(ids.device)
+    def weights(self, ids: Tensor, *, device: torch.device | None = None) -> Tensor:
+        """The current plan's weights of ``ids`` (B,), 1 where it gives none: float32 (B,), there or on ``device``."""
+        rows = self._here(self._entries(ids))
+        if self.device.type == "cuda":  # an id outside was counted by update(), and may not end the process here
+            rows = rows.clamp(0, self.size - 1)
+        weights = torch.threshold_(self.records.select(1, reference.WEIGHT).index_select(0, rows), 0.0, 1.0)
+        device = ids.device if device is None else device
+        return weights if weights.device == device else weights.to(device, non_blocking=device.type == "cuda")
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph is being captured, whose replays will see weights that later plans write."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def grow(self, size: int) -> None:
-        """Make room for more samples; the new ones are unseen."""
+        """Make room for more samples; the new ones are unseen. A captured CUDA graph must be captured anew."""
         size = check_size("Ledger.grow", size)
         if size < self.size:
             raise ValueError(f"Ledger.grow(size={size}): the ledger has {self.size} records and never shrinks.")

@@ -106,7 +106,7 @@ def sample_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, c
     losses, norms = _rows(logits.flatten(0, 1), labels.flatten(), ignore_index)
     count = (labels != ignore_index).sum(1).clamp_min(1)
     return SampleLosses(
-        losses.view(labels.shape).sum(1) / count,
+        (losses.view(labels.shape).sum(1, dtype=torch.float64) / count).float(),  # in float64 any order gives the same
         torch.linalg.vector_norm(norms.view(labels.shape), dim=1, dtype=torch.float64).float() / count,
     )
 

@@ -1,8 +1,8 @@
 """Loads the native kernels, where they were built, and says why not, where they were not.
 
-``pip install --no-build-isolation .`` builds them, with torch and a C++ compiler there (setup.py). Set the environment
-variable SAMPLEWISE_NATIVE to ``0`` to leave them out when samplewise is imported, so that the references run, or to the
-path of another shared library to load that one alone.
+``pip install --no-build-isolation .`` builds them, with torch and a C++ compiler there (setup.py). When samplewise is
+imported, the environment variable SAMPLEWISE_NATIVE says which are loaded: ``auto`` or ``cuda`` all that were built,
+``cpu`` those for the CPU, ``0`` none, so that the references run; the path of a shared library loads that one alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def load() -> dict[str, str]:
 
     Raises:
         OSError: SAMPLEWISE_NATIVE names a library that cannot be loaded.
+        ValueError: it is none of the above.
     """
     choice = os.environ.get(SWITCH, "auto")
     if choice == "0":
@@ -27,18 +28,23 @@ def load() -> dict[str, str]:
     if os.sep in choice:
         torch.ops.load_library(choice)
         return dict.fromkeys(("CPU", "CUDA"), f"what {choice} holds ({SWITCH})")
-    return {
-        "CPU": _load("_cpu.so", "torch and a C++ compiler"),
-        "CUDA": _load("_cuda.so", "torch, a C++ compiler and nvcc")
-        if torch.version.cuda
-        else "not loaded: this torch is built without CUDA",
-    }
+    if choice not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"{SWITCH}={choice}: it must be auto, cpu, cuda or 0, or the path of a library with a '{os.sep}'."
+        )
+    if choice == "cpu":
+        cuda = f"not loaded: {SWITCH}=cpu"
+    elif not torch.version.cuda:
+        cuda = "not loaded: this torch is built without CUDA"
+    else:
+        cuda = _load("_cuda.so", "torch, a C++ compiler and nvcc")
+    return {"CPU": _load("_cpu.so", "torch and a C++ compiler"), "CUDA": cuda}
 
 
 def _load(name: str, needs: str) -> str:
     library = Path(__file__).with_name(name)
     if not library.exists():
-        return f"not built: pip install --no-build-isolation . builds them, with {needs} there"
+        return f"not built: pip install --no-build-isolation . builds them, with {needs} there; -v shows what fails"
     try:
         torch.ops.load_library(library)
     except OSError as error:

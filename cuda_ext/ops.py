@@ -27,6 +27,7 @@ from samplewise.cuda_ext.histogram import Histogram, key_of
 NAMESPACE = "samplewise"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 MAX_SIZE = 1 << 31
+_FEW = 1 << 18  # up to here sorting is faster than histograms
 
 
 def _define(schema: str) -> None:
@@ -111,8 +112,8 @@ def permutation(n: int, seed: int, start: int, length: int, *, stride: int = 1, 
     Raises:
         ValueError: positions outside [0, n), or n outside [1, 2^31].
     """
-    if not 1 <= n <= MAX_SIZE:
-        raise ValueError(f"permutation(n={n}): n is the number of elements and must be in [1, 2^31].")
+    n = integer("permutation", "n", n, 1, MAX_SIZE, what="the number of elements")
+    seed = _key("permutation", seed)
     last = start + (length - 1) * stride
     if start < 0 or length < 0 or stride < 1 or (length and last >= n):
         raise ValueError(
@@ -143,8 +144,8 @@ def draw(weights: Tensor, k: int, seed: int) -> tuple[Tensor, float]:
         TypeError: weights that are not float32.
         ValueError: weights of another shape, or k outside [0, N).
     """
-    if weights.dtype != torch.float32:
-        raise TypeError(f"draw(weights=...): weights must be float32, not {weights.dtype}.")
+    _check_float32("draw", "weights", weights)
+    seed = _key("draw", seed)
     if weights.ndim != 1 or not 1 <= weights.numel() <= MAX_SIZE:
         raise ValueError(
             f"draw(weights=...): weights must have shape (N,), N in [1, 2^31], not {tuple(weights.shape)}."
@@ -182,8 +183,7 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
         TypeError: values that are not float32.
         ValueError: values of another shape, none that is finite, low > high, or bins outside its range.
     """
-    if values.dtype != torch.float32:
-        raise TypeError(f"histogram(values=...): values must be float32, not {values.dtype}.")
+    _check_float32("histogram", "values", values)
     if values.ndim != 1:
         raise ValueError(f"histogram(values=...): values must have shape (M,), not {tuple(values.shape)}.")
     bins = integer("histogram", "bins", bins, 1 << 9, 1 << 24)  # a bin never crosses a power of two
@@ -204,7 +204,7 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
 
 
 def order_statistics(values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32]:
-    """The values of the given ranks, exactly, from a histogram and one more for each rank.
+    """The values of the given ranks, exactly: many values from a histogram and one more for each rank, few sorted.
 
     Args:
         values: float32 (M,), any stride; those that are not finite are passed over.
@@ -216,6 +216,10 @@ def order_statistics(values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32
     Raises:
         ValueError: for a rank outside its range, or as :func:`histogram`.
     """
+    _check_float32("order_statistics", "values", values)
+    if values.numel() <= _FEW:
+        finite = np.sort(values[values.isfinite()].cpu().numpy())
+        return finite[[integer("order_statistics", "rank", rank, 0, finite.size - 1) for rank in ranks]]
     coarse = histogram(values)
     found = []
     for rank in ranks:
@@ -223,6 +227,16 @@ def order_statistics(values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32
         fine = histogram(values, low=float(coarse.edges[at]), high=float(coarse.ends[at]))  # one key a bin
         found.append(fine.edges[fine.bin_of(rank - before)[0]])
     return np.array(found, dtype=np.float32)
+
+
+def _key(owner: str, seed: int) -> int:
+    return integer(owner, "seed", seed, 0, (1 << 63) - 1, what="a key, see samplewise.loaders.seeding.derive,")
+
+
+def _check_float32(owner: str, name: str, values: Tensor) -> None:
+    kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+    if kind != torch.float32:
+        raise TypeError(f"{owner}({name}=...): {name} must be a float32 tensor, not {kind}; convert it first.")
 
 
 def _range(values: Tensor) -> tuple[float, float]:

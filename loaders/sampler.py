@@ -278,8 +278,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         if self._cursor.iterated_again:
             self._start_again(ids)
         self._cursor.count(ids.numel() * self.num_replicas)
-        if self._weighted:
-            return (self.ledger.weights(ids) * losses).mean()
+        if self._weighted or self.ledger.is_captured:
+            return (self.ledger.weights(ids, device=losses.device) * losses).mean()
         return losses.mean()
 
     def _start_again(self, ids: Tensor) -> None:

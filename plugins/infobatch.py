@@ -80,12 +80,12 @@ def _loss_bounds(
     """Upper loss bound of each level, float32, and its keep ratio. Float32: equal losses are never below their mean."""
     if np.isnan(losses).all():
         return np.empty(0, dtype=np.float32), []
-    values = torch.from_numpy(losses)
-    counted = ops.histogram(values)  # passes over NaN
+    seen = ~np.isnan(losses)
+    count = int(np.count_nonzero(seen))
     if quantiles is None:
-        return np.array([counted.mean], dtype=np.float32), [1 - prune]
-    ranks = [int(quantile * counted.count) for quantile, _ in quantiles]
-    return ops.order_statistics(values, ranks), [ratio for _, ratio in quantiles]
+        return np.array([losses.sum(dtype=np.float64, where=seen) / count], dtype=np.float32), [1 - prune]
+    ranks = [int(quantile * count) for quantile, _ in quantiles]
+    return ops.order_statistics(torch.from_numpy(losses), ranks), [ratio for _, ratio in quantiles]
 
 
 class InfoBatch(PlannedSampler):

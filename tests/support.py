@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +21,20 @@ import torch.multiprocessing as mp
 
 from samplewise.cuda_ext import NATIVE
 from samplewise.loaders import Plan, PlannedSampler
+
+NATIVE_SOURCES = Path(__file__).parents[1] / "cuda_ext" / "csrc"
+
+
+def compiled_for_the_cpu(source: Path, folder: Path) -> ctypes.CDLL:
+    """A file of CUDA kernels and what runs them on the CPU, see ``emulate.h``."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++, which compiles the CUDA kernels for the CPU")
+    flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror"]
+    library = folder / source.with_suffix(".so").name
+    subprocess.run([compiler, *flags, f"-I{NATIVE_SOURCES}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
 
 needs_kernels = pytest.mark.skipif(
     not torch._C._dispatch_has_kernel_for_dispatch_key("samplewise::ledger_update", "CPU"),

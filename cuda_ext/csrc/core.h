@@ -1,5 +1,13 @@
 // What the CPU and the CUDA kernels share: scalar functions that g++ and nvcc compile to the same bits. cuda_ext/ops.py
 // says what each op computes, cuda_ext/reference.py computes it for whole arrays with the same operations.
+//
+//     elementary.h                 log and exp, bit for bit the same everywhere
+//     core.h, losses.h             scalar functions of the ops, and of sample_losses
+//     cpu.cpp, cpu_losses.cpp      kernels for the CPU and their registration
+//     phases.h                     how a CUDA kernel is written, so that a test can run it on the CPU
+//     cuda_kernels.h, cuda_draw.h, cuda_losses.h      the CUDA kernels
+//     cuda.cu, cuda_losses.cu      their launches and registration; stream.h: where they run
+//     losses_tensors.h             how sample_losses takes its arguments, on either
 #pragma once
 #include <cmath>
 
@@ -140,6 +148,11 @@ SW_HD uint32_t draw_key(uint64_t id, float weight, uint64_t key) {
 }
 
 // --- histogram -------------------------------------------------------------------------------------------------------
+
+// How many values a bin holds, and the sum of their keys' offsets from its first.
+struct Bin {
+  uint64_t count, offset;
+};
 
 // Integers in the order of the floats; -0 counts as 0.
 SW_HD uint32_t order_key(float value) {

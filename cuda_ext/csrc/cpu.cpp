@@ -195,10 +195,6 @@ void draw(Tensor out, Tensor tau, Tensor weights, int64_t seed) {
 
 // --- histogram -------------------------------------------------------------------------------------------------------
 
-struct Bin {
-  int64_t count, offset;
-};
-
 void histogram(Tensor bins, Tensor values, int64_t low, int64_t shift) {
   expect_dense("bins", bins, ScalarType::Long, 2);
   expect("values", values, ScalarType::Float, 1);

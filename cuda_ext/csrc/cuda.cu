@@ -6,8 +6,8 @@
 
 #include <optional>
 
-#include "draw.h"
-#include "kernels.h"
+#include "cuda_draw.h"
+#include "cuda_kernels.h"
 #include "stream.h"
 
 namespace samplewise {
@@ -83,6 +83,9 @@ void ledger_update(Tensor records, Tensor counters, Tensor links, Tensor ids, Te
 void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t stride) {
   const Queue queue(out);
   int64_t* to = queue.contiguous<int64_t>("out", out, ScalarType::Long, 0);
+  STD_TORCH_CHECK(n >= 1 && n <= INT64_C(1) << 31 && start >= 0 && stride >= 1 &&
+                      (out.numel() == 0 || start + (out.numel() - 1) * stride < n),
+                  "permutation: positions must lie in [0, n), n in [1, 2^31]");
   const int64_t sorted = n <= kSortedLimit ? n : 0;
   Tensor keys = scratch(out, sorted, ScalarType::Long), ranks = scratch(out, sorted, ScalarType::Int);
   launch_permutation(to, out.numel(), (uint32_t)n, seed, start, stride, (uint64_t*)keys.data_ptr(),
@@ -92,7 +95,7 @@ void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t str
 void draw(Tensor out, Tensor tau, Tensor weights, int64_t seed) {
   const Queue queue(out);
   const int64_t n = weights.numel(), k = out.numel();
-  STD_TORCH_CHECK(k < n, "draw: k is ", k, ", but must be less than the number of weights, ", n);
+  STD_TORCH_CHECK(k < n && n <= INT64_C(1) << 31, "draw: k is ", k, ", but must be less than ", n);
   int64_t* to = queue.contiguous<int64_t>("out", out, ScalarType::Long, k);
   float* bound = queue.contiguous<float>("tau", tau, ScalarType::Float, 1);
   const float* weight = queue.contiguous<float>("weights", weights, ScalarType::Float, n);
@@ -106,6 +109,7 @@ void draw(Tensor out, Tensor tau, Tensor weights, int64_t seed) {
 void histogram(Tensor bins, Tensor values, int64_t low, int64_t shift) {
   const Queue queue(bins);
   const int64_t size = bins.size(0), count = values.numel();
+  STD_TORCH_CHECK(size < INT32_MAX && shift >= 0 && shift < 32, "histogram: shift must be in [0, 32)");
   Bin* to = queue.contiguous<Bin>("bins", bins, ScalarType::Long, size * 2);
   launch_histogram(to, (uint32_t)size, queue.strided<float>("values", values, ScalarType::Float, count), count, low,
                    (uint32_t)shift, queue);

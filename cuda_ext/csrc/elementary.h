@@ -13,10 +13,12 @@
 
 // Loops that vectorise are compiled for several generations of x86, of which the loader takes the best that the machine
 // has; the bits are the same on all.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if !defined(__x86_64__) || !defined(__gnu_linux__) || !defined(__GNUC__) || defined(__clang__) || defined(__CUDACC__)
+#define SW_CLONES
+#elif __GNUC__ >= 12
 #define SW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define SW_CLONES
+#define SW_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
 namespace samplewise {

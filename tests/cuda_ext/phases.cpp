@@ -1,10 +1,11 @@
-// The CUDA kernels of kernels.h and draw.h on the CPU, in the order in which cuda.cu launches them; for test_phases.py.
+// The CUDA kernels of cuda_kernels.h and cuda_draw.h on the CPU, in the order in which cuda.cu launches them; for
+// test_phases.py.
 #include <algorithm>
 #include <vector>
 
-#include "draw.h"
+#include "cuda_draw.h"
 #include "emulate.h"
-#include "kernels.h"
+#include "cuda_kernels.h"
 
 using namespace samplewise;
 

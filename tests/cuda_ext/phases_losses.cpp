@@ -1,6 +1,6 @@
 // The CUDA kernels of sample_losses run on the CPU, for ctypes: type 0 float, 1 bfloat16, 2 float16.
 #include "emulate.h"
-#include "losses_kernels.h"
+#include "cuda_losses.h"
 
 using namespace samplewise;
 

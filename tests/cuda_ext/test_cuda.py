@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,9 +70,9 @@ def test_histogram(arguments, spread):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 10), (64, 1000), (33, 50_257), (3, 17, 4099)])
-def test_sample_losses(shape, dtype):
-    generator = torch.Generator().manual_seed(0)
+def test_sample_losses_of_sequences(dtype):
+    """Rows: test_losses."""
+    generator, shape = torch.Generator().manual_seed(0), (3, 17, 4099)
     logits = (4 * torch.randn(shape, generator=generator)).to(dtype)
     labels = torch.randint(0, shape[-1], shape[:-1], generator=generator)
     labels.view(-1)[::5] = -100
@@ -119,6 +120,52 @@ def test_ids_outside_are_passed_over_and_sync_raises():
     assert ledger.column("count").tolist() == [0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
     with pytest.raises(IndexError, match=r"3 observed ids were outside \[0, 10\)"):
         ledger.sync()
+
+
+@pytest.mark.parametrize("ledger_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("ids_on", ["cpu", "cuda"])
+def test_ids_losses_and_ledger_may_live_apart(ids_on, ledger_on):
+    """A plain loop moves the model's batch to the GPU and leaves the ids where the loader put them."""
+    found = []
+    for devices in (("cpu", "cpu", "cpu"), (ledger_on, ids_on, "cuda")):
+        sampler, losses = InfoBatch(40, epochs=8, device=devices[0]), torch.linspace(0, 3, 40)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            ids = torch.from_numpy(np.array(sampler.current_plan.ids))
+            leaf = losses[ids].to(devices[2]).requires_grad_()
+            loss = sampler.observe(ids.to(devices[1]), leaf)
+            loss.backward()
+        assert sampler.current_plan.weights is not None
+        found.append([sampler.ledger.records.view(torch.int32).cpu(), leaf.grad.cpu()])
+    assert_same(*found)
+
+
+def test_observe_of_ids_outside_does_not_end_the_process():
+    sampler = InfoBatch(10, epochs=8, device="cuda")
+    sampler.observe(torch.arange(10).cuda(), torch.linspace(0, 1, 10).cuda().requires_grad_())
+    sampler.set_epoch(1)
+    sampler.observe(torch.tensor([3, 99]).cuda(), torch.ones(2).cuda().requires_grad_()).backward()
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="1 observed ids were outside"):
+        sampler.set_epoch(2)
+
+
+def test_a_captured_graph_follows_the_weights_of_later_plans():
+    """InfoBatch has none in epoch 0, where the graph is captured, weights from then on and none at the end."""
+    sampler = InfoBatch(400, epochs=4, device="cuda")
+    sampler.observe(torch.arange(400).cuda(), torch.linspace(0, 1, 400).cuda().requires_grad_())
+    ids, losses = torch.zeros(8, dtype=torch.int64).cuda(), torch.ones(8).cuda().requires_grad_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mean = sampler.observe(ids, losses)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        plan = sampler.current_plan
+        ids.copy_(torch.from_numpy(np.array(plan.ids[:8])))
+        graph.replay()
+        expected = 1.0 if plan.weights is None else float(plan.weights[:8].mean())
+        assert (plan.weights is None) == (epoch in (0, 3))
+        assert mean.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("build", [Uniform, lambda size, **options: InfoBatch(size, epochs=4, **options)])

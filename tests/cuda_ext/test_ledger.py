@@ -132,9 +132,19 @@ def test_weights():
     assert ledger.weights(torch.tensor([2, 0, 1], dtype=torch.int32)).tolist() == [0.5, 1, 2]
     ledger.set_weights(torch.tensor([0]), torch.tensor([1.0]))
     assert ledger.column("weight")[0] == 1
-    assert ledger.column("weight")[1:].isnan().all()  # not in the plan
+    assert ledger.column("weight")[1:].tolist() == [0, 0, 0]  # not in the plan
+    ledger.set_weights(torch.tensor([3, 1]), torch.tensor([0.0, 4.0]))
+    assert ledger.weights(torch.tensor([3, 1, 0])).tolist() == pytest.approx([0, 4, 1])
     ledger.clear_weights()
     assert ledger.column("weight").tolist() == [0, 0, 0, 0]
+
+
+def test_without_weights_all_weigh_1():
+    ledger = Ledger(4)
+    assert ledger.weights(torch.tensor([2, 0])).tolist() == [1, 1]
+    ledger.set_weights(torch.tensor([2]), torch.tensor([3.0]))
+    ledger.clear_weights()
+    assert ledger.weights(torch.tensor([2, 0])).tolist() == [1, 1]
 
 
 def test_grow_keeps_the_old_and_adds_unseen():

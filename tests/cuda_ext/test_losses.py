@@ -1,6 +1,4 @@
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +8,13 @@ import torch.nn.functional as F
 
 from samplewise.cuda_ext import losses as module
 from samplewise.cuda_ext.losses import sample_losses
+from support import compiled_for_the_cpu, needs_kernels
 
-ROOT = Path(__file__).resolve().parents[2]
 IGNORED = -100
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 17, 100, 256, 257, 2048, 2049, 50_257]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OP, BACKWARD = torch.ops.samplewise.sample_losses.default, torch.ops.samplewise.sample_losses_backward.default
-HAS_NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("samplewise::sample_losses", "CPU")
-native = pytest.mark.skipif(not HAS_NATIVE, reason="the native library of samplewise is not loaded")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def batch(rows, classes, dtype=torch.float32, scale=3.0, seed=0):
@@ -171,7 +167,7 @@ def test_views_of_any_stride():
 # --- the same bits everywhere -----------------------------------------------------------------------------------------
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_native_kernel_gives_the_references_bits(classes, dtype):
@@ -184,7 +180,7 @@ def test_native_kernel_gives_the_references_bits(classes, dtype):
             same_bits([BACKWARD(*arguments)], [module._backward_reference(*arguments)])
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("classes", [10, 3000])
 def test_number_of_threads_changes_nothing(classes):
     logits, labels = batch(600_000 // classes, classes)
@@ -199,7 +195,7 @@ def test_number_of_threads_changes_nothing(classes):
     same_bits(results[2], results[0])
 
 
-@native
+@needs_kernels
 @pytest.mark.parametrize("wrong", [0, 1, 2, 3])
 def test_native_kernels_refuse_what_would_corrupt_memory(wrong):
     logits, labels = batch(4, 5)
@@ -214,14 +210,7 @@ def test_native_kernels_refuse_what_would_corrupt_memory(wrong):
 @pytest.fixture(scope="module")
 def phases(tmp_path_factory):
     """The CUDA kernels, compiled to run on the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile the CUDA kernels' emulation with")
-    library = tmp_path_factory.mktemp("phases") / "phases.so"
-    folders = [f"-I{ROOT / 'cuda_ext' / 'csrc'}", f"-I{ROOT / 'tests' / 'cuda_ext'}"]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-pthread"]
-    source = ROOT / "tests" / "cuda_ext" / "phases_losses.cpp"
-    subprocess.run(["g++", *flags, *folders, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled_for_the_cpu(Path(__file__).with_name("phases_losses.cpp"), tmp_path_factory.mktemp("phases"))
 
 
 def emulated(phases, logits, labels, grad, state, threads):

@@ -53,6 +53,7 @@ def test_a_library_that_does_not_load_is_named_and_the_references_run(monkeypatc
 def test_the_switch():
     code = "from samplewise.cuda_ext import NATIVE, ops; print(NATIVE['CPU'], ops.permutation(3, 0, 0, 3).tolist())"
     assert python(code, SAMPLEWISE_NATIVE="0").stdout.startswith("not loaded: SAMPLEWISE_NATIVE=0 [")
+    assert "SAMPLEWISE_NATIVE=off: it must be auto, cpu, cuda or 0" in python(code, SAMPLEWISE_NATIVE="off").stderr
     missing = python(code, SAMPLEWISE_NATIVE="/nowhere/kernels.so")
     assert "OSError" in missing.stderr
     assert "/nowhere/kernels.so" in missing.stderr

@@ -6,8 +6,6 @@ What only a GPU runs stays to test_cuda.py: its atomics, its barriers and the su
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from ctypes import c_bool, c_double, c_int64, c_uint32, c_uint64, c_void_p
 from itertools import count
 from pathlib import Path
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from kernel_cases import DRAW, HISTOGRAM, LEDGER, PERMUTATION, assert_same, ledger_arguments, results
 from samplewise.cuda_ext import reference
+from support import compiled_for_the_cpu
 
-HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror"]
 ORDERS = 3
 
 
@@ -45,8 +42,8 @@ ARGUMENTS = {
 class Emulated:
     """The ops, run by phases.cpp; every call has another order of threads and blocks."""
 
-    def __init__(self, library: Path):
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
         self.order = count()
         for name, types in ARGUMENTS.items():
             function = getattr(self.library, name)
@@ -71,13 +68,7 @@ class Emulated:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no g++, which compiles the kernels for the CPU")
-    library = tmp_path_factory.mktemp("phases") / "phases.so"
-    include = HERE.parents[1] / "cuda_ext" / "csrc"
-    subprocess.run([compiler, *FLAGS, f"-I{include}", str(HERE / "phases.cpp"), "-o", str(library)], check=True)
-    return Emulated(library)
+    return Emulated(compiled_for_the_cpu(Path(__file__).with_name("phases.cpp"), tmp_path_factory.mktemp("phases")))
 
 
 @pytest.mark.parametrize("spread", [False, True], ids=["dense", "strided"])

@@ -2,7 +2,7 @@
 // below it, and as many of those at it as are missing, in the order of their ids. Only integers are added up, so that
 // the order does not matter and every run gives the same.
 #pragma once
-#include "kernels.h"
+#include "cuda_kernels.h"
 
 namespace samplewise {
 

@@ -1,5 +1,5 @@
-// The CUDA kernels of ledger_update, permutation and histogram; draw.h has those of draw. cuda_ext/ops.py says what
-// they compute, phases.h how a kernel is written. launch_...() hands an op's kernels, one after the other, to `queue`,
+// The CUDA kernels of ledger_update, permutation and histogram; cuda_draw.h has those of draw. cuda_ext/ops.py says
+// what they compute, phases.h how a kernel is written. launch_...() hands an op's kernels, one after the other, to `queue`,
 // called with a kernel, its blocks and the threads of each: cuda.cu puts them on a stream, a test runs them on the CPU.
 #pragma once
 #include <algorithm>
@@ -240,10 +240,6 @@ void launch_permutation(int64_t* out, uint64_t length, uint32_t n, uint64_t seed
 }
 
 // --- histogram -------------------------------------------------------------------------------------------------------
-
-struct Bin {
-  uint64_t count, offset;
-};
 
 constexpr uint32_t kNoBin = ~0u;
 

@@ -1,11 +1,11 @@
-// sample_losses and sample_losses_backward on CUDA devices: the kernels of losses_kernels.h on the current stream. A
+// sample_losses and sample_losses_backward on CUDA devices: the kernels of cuda_losses.h on the current stream. A
 // label that is no class gives NaN: an error would have to wait for the device.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <type_traits>
 
-#include "losses_kernels.h"
+#include "cuda_losses.h"
 #include "losses_tensors.h"
 #include "stream.h"
 

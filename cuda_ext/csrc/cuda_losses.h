@@ -1,4 +1,4 @@
-// The kernels of losses.cu as structs of phases.h: a block of kThreads threads a row; 32 suffice for 256 classes.
+// The kernels of cuda_losses.cu as structs of phases.h: a block of kThreads threads a row; 32 suffice for 256 classes.
 #pragma once
 #include "losses.h"
 

@@ -64,7 +64,12 @@ SW_CLONES void add_arrays(Lanes& lanes, int count, int n) {
 }
 
 typedef float Eight __attribute__((vector_size(32)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SW_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
 typedef int32_t Places __attribute__((vector_size(32)));
+#define SW_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
 
 // Eight lines of eight numbers, `stride` apart, to lines of the numbers that stood in columns: three perfect shuffles.
 SW_HD void transpose_eight(const float* from, int stride, float* to, int to_stride) {
@@ -72,8 +77,8 @@ SW_HD void transpose_eight(const float* from, int stride, float* to, int to_stri
   for (int i = 0; i < 8; ++i) memcpy(&lines[i], from + i * stride, sizeof(Eight));
   for (int round = 0; round < 3; ++round) {
     for (int i = 0; i < 4; ++i) {
-      next[2 * i] = __builtin_shuffle(lines[i], lines[i + 4], Places{0, 8, 1, 9, 2, 10, 3, 11});
-      next[2 * i + 1] = __builtin_shuffle(lines[i], lines[i + 4], Places{4, 12, 5, 13, 6, 14, 7, 15});
+      next[2 * i] = SW_SHUFFLE(lines[i], lines[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      next[2 * i + 1] = SW_SHUFFLE(lines[i], lines[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
     for (int i = 0; i < 8; ++i) lines[i] = next[i];
   }
