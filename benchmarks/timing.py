@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from samplewise.cuda_ext import NATIVE
 
@@ -76,6 +77,7 @@ def judged(
 def header(title: str) -> None:
     """Say what is measured and on what; one thread."""
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's, which would be at it too
     print(f"{title}\ntorch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}, one thread")
     print(f"CPU kernels {NATIVE['CPU'].partition(':')[0]}; in brackets the target and whether it is met\n")
 
