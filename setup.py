@@ -22,6 +22,7 @@ except ImportError:  # pyproject.toml asks for it, but --no-build-isolation take
 CHOICE = os.environ.get("SAMPLEWISE_NATIVE", "auto")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 TORCH = importlib.util.find_spec("torch")
+TORCH = TORCH if TORCH and TORCH.origin else None  # not just a folder of that name
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CPU = ["-ffp-contract=off", "-fno-wrapv", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CUDA = ["--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-shared", "-cudart=static", "-lineinfo"]
@@ -56,10 +57,11 @@ class Build(build_ext):
 
     def build_extension(self, extension):
         """Compile and link."""
-        if not extension.name.endswith("_cuda"):
-            return super().build_extension(extension)
         target = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(target))
+        Path(target).unlink(missing_ok=True)  # a build that fails must not leave an older one
+        if not extension.name.endswith("_cuda"):
+            return super().build_extension(extension)
         folders = [f"-I{extension.include_dirs[0]}", f"-L{extension.library_dirs[0]}"]
         self.spawn([NVCC, *FLAGS, *CUDA, *folders, *extension.sources, "-o", target, "-Xlinker=" + ",".join(LINK)])
 
@@ -72,6 +74,8 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+for stale in Path("build").glob("lib*/samplewise/cuda_ext/*.so"):  # which would go into the wheel
+    stale.unlink()
 extensions = []
 if TORCH and CHOICE != "0":
     link = [f"-Wl,{flag}" if flag.startswith("--") else flag for flag in LINK]

@@ -63,10 +63,11 @@ class Ledger:
             raise TypeError(f"Ledger(fingerprint={fingerprint!r}): fingerprint must be a str.")
         self.fingerprint = fingerprint
         self.distributed = distributed
-        self.records = _zeros(self.size, torch.device(device))
-        self.device = self.records.device  # with its index
-        self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
-        self._links = self._make_links()
+        with torch.inference_mode(False):  # what is made in inference mode could not be changed outside
+            self.records = _zeros(self.size, torch.device(device))
+            self.device = self.records.device  # with its index
+            self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
+            self._links = self._make_links()
         self._pending: list[_Entry] = []
 
     def update(self, ids: Tensor, losses: Tensor, *, scores: Tensor | None = None) -> None:
@@ -205,10 +206,11 @@ class Ledger:
         size = check_size("Ledger.grow", size)
         if size < self.size:
             raise ValueError(f"Ledger.grow(size={size}): the ledger has {self.size} records and never shrinks.")
-        records = _zeros(size, self.device)
-        records[: self.size] = self.records
-        self.records, self.size = records, size
-        self._links = self._make_links()
+        with torch.inference_mode(False):
+            records = _zeros(size, self.device)
+            records[: self.size] = self.records
+            self.records, self.size = records, size
+            self._links = self._make_links()
 
     def sync(self) -> None:
         """Merge what all ranks observed since the last sync. Collective: every rank calls it, or none.
@@ -269,6 +271,8 @@ class Ledger:
         """Raise ValueError when :meth:`load_state_dict` would."""
         if state.get("version") != VERSION:
             raise ValueError(f"Ledger state: version {state.get('version')} was saved, this release reads {VERSION}.")
+        if missing := [key for key in self.state_dict() if key not in state]:
+            raise ValueError(f"Ledger state: it lacks {', '.join(missing)}; it is damaged, or no ledger's.")
         if state["size"] != self.size:
             raise ValueError(
                 f"Ledger state: it was saved for a data set of {state['size']} samples, this one has {self.size}. "
@@ -282,6 +286,12 @@ class Ledger:
                 f"Ledger state: it was saved with fingerprint={state['fingerprint']!r}, this one has "
                 f"{self.fingerprint!r}: the data sets differ, so the recorded losses would belong to other samples."
             )
+        for name, own in (("records", self.records), ("counters", self._counters)):
+            if state[name].shape != own.shape or state[name].dtype != own.dtype:
+                raise ValueError(
+                    f"Ledger state: its {name} are {state[name].dtype} {tuple(state[name].shape)}, but must be "
+                    f"{own.dtype} {tuple(own.shape)}: something converted or cut them."
+                )
         if state["pending"] and list(state["rank"]) != [rank(), world_size()]:
             raise ValueError(
                 f"Ledger state: it holds observations that only rank {state['rank'][0]} of {state['rank'][1]} made. "

@@ -9,7 +9,8 @@ numbers, so that a confident row keeps all its digits:
 
     x = A / exp(z_y)     loss = log(1 + x)     1 - p_y = x / (1 + x)     norm = (1 - p_y) sqrt(1 + Q / A^2).
 
-The reference below adds in the order that ``csrc/losses.h`` describes and gives the same bits as the native kernels.
+The reference below adds in the order that ``csrc/losses.h`` describes and gives the same bits as the native kernels,
+but for those of a NaN.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def sample_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, c
     Raises:
         TypeError: logits that are not floating point, labels that are not int64 or int32.
         ValueError: shapes that do not fit together, no classes, ``causal`` without sequences.
-        IndexError: a label that is neither a class nor ``ignore_index`` (CPU).
+        IndexError: a label that is neither a class nor ``ignore_index`` (CPU; in a compiled function a RuntimeError).
+        RuntimeError: a second or a forward-mode derivative is asked for.
 
     Example:
         >>> losses, norms = sample_losses(torch.tensor([[0.0, 0.0], [50.0, 0.0]]), torch.tensor([0, 0]))
@@ -99,10 +101,12 @@ def sample_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, c
     _check(logits, labels, causal)
     logits = logits.float() if logits.dtype == torch.float64 else logits
     labels = labels.long()
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError("sample_losses has no forward-mode derivative; use F.cross_entropy(..., reduction='none').")
     if logits.dim() == 2:
         return SampleLosses(*_rows(logits, labels, ignore_index))
     if causal:
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
     losses, norms = _rows(logits.flatten(0, 1), labels.flatten(), ignore_index)
     count = (labels != ignore_index).sum(1).clamp_min(1)
     return SampleLosses(
@@ -114,8 +118,9 @@ def sample_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, c
 def _rows(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     try:
         losses, norms, _ = torch.ops.samplewise.sample_losses(logits, labels, ignore_index)
-    except RuntimeError:
-        _check_labels(labels, logits.shape[1], ignore_index)
+    except RuntimeError as error:
+        if "label" in str(error):
+            _check_labels(labels, logits.shape[1], ignore_index)
         raise
     return losses, norms
 
@@ -132,6 +137,10 @@ def _check(logits: Tensor, labels: Tensor, causal: bool) -> None:
         raise ValueError(
             f"sample_losses: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must be (B, V) and (B,), or "
             f"(B, T, V) and (B, T), with V > 0 classes last."
+        )
+    if labels.device != logits.device:
+        raise ValueError(
+            f"sample_losses: logits on {logits.device} and labels on {labels.device} must be on one device."
         )
     if causal and logits.dim() == 2:
         raise ValueError(f"sample_losses(causal=True): logits {tuple(logits.shape)} must be sequences, (B, T, V).")
@@ -182,7 +191,8 @@ def _reference(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tenso
             own = own - shift
         out[rows] = _finished(origin, sums, squares, own.masked_fill(~inside[rows], torch.nan), shift)
     out = out.masked_fill_(~counted[:, None], 0.0)
-    return out[:, 0].clone(), out[:, 1].clone(), out[:, 2:].clone()
+    losses, norms, state = (part.clone(memory_format=torch.contiguous_format) for part in out.split((1, 1, 4), 1))
+    return losses[:, 0], norms[:, 0], state
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
@@ -315,6 +325,13 @@ def _backward_fake(grad: Tensor, logits: Tensor, labels: Tensor, state: Tensor, 
 
 
 torch.library.register_fake(f"{NAMESPACE}::sample_losses_backward", _backward_fake, lib=LIBRARY)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("sample_losses can be differentiated once only; use F.cross_entropy(..., reduction='none').")
+
+
+torch.library.register_autograd(f"{NAMESPACE}::sample_losses_backward", _refuse, lib=LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:

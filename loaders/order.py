@@ -67,14 +67,14 @@ class Segment:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Segment:
-        """The segment that :meth:`state` described."""
+    def from_state(cls, state: dict[str, Any], size: int) -> Segment:
+        """The segment that :meth:`state` described, of a data set of ``size`` samples."""
         ids, weights = state["ids"], state["weights"]
         plan = Plan(
             ids.cpu().numpy() if isinstance(ids, Tensor) else range(*ids),
             None if weights is None else weights.cpu().numpy(),
         )
-        return cls(plan, state["number"], state["start"], state["stop"])
+        return cls(plan.check(size, "Sampler state"), state["number"], state["start"], state["stop"])
 
 
 def next_stretches(

@@ -364,8 +364,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on."""
-        options = ("seed", "shuffle", "drop_last", "epoch_length")
-        return {"sampler": type(self).__name__, **{key: getattr(self, key) for key in options}}
+        options = {key: getattr(self, key) for key in ("seed", "shuffle", "drop_last", "epoch_length")}
+        return {"sampler": type(self).__name__, **options}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was saved: the next iterator starts behind the consumed samples.
@@ -373,21 +373,21 @@ class PlannedSampler(DistributedSampler[int], ABC):
         A state that was saved when its epoch was over continues with the next epoch.
 
         Raises:
-            ValueError: the state is of another version, method, seed or data set. Nothing is changed then.
+            ValueError: the state is damaged, or of another version, method, seed or data set; nothing is changed then.
         """
         name = type(self).__name__
         if state.get("version") != VERSION:
             raise ValueError(f"{name} state: version {state.get('version')} was saved, this release reads {VERSION}.")
+        if missing := {"size", "epoch", "cursor", "total", "segments", "ledger", *self._identity()} - state.keys():
+            raise ValueError(f"{name} state: it lacks {', '.join(sorted(missing))}; it is damaged, or no sampler's.")
         for key, own in self._identity().items():
             if state[key] != own:
-                raise ValueError(
-                    f"{name} state: it was saved with {key}={state[key]!r}, this one has {own!r}; "
-                    f"resume with the same {key}."
-                )
+                was = f"{name} state: it was saved with {key}={state[key]!r}, this one has {own!r}"
+                raise ValueError(f"{was}; resume with the same {key}.")
+        segments = tuple(Segment.from_state(part, state["size"]) for part in state["segments"])
+        cursor = Cursor.from_tensor(state["cursor"])
         self.ledger.load_state_dict(state["ledger"])
-        self.epoch = state["epoch"]
-        self._segments = tuple(Segment.from_state(part) for part in state["segments"])
-        self._cursor = Cursor.from_tensor(state["cursor"])
+        self.epoch, self._segments, self._cursor = state["epoch"], segments, cursor
         self._previous_order = None
         self._finish_epoch()
         if self._cursor.is_complete(state["total"]):  # what comes next is a plan of the ledger just loaded

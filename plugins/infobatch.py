@@ -78,10 +78,10 @@ def _loss_bounds(
     losses: npt.NDArray[np.float32], prune: float, quantiles: Quantiles | None
 ) -> tuple[npt.NDArray[np.float32], list[float]]:
     """Upper loss bound of each level, float32, and its keep ratio. Float32: equal losses are never below their mean."""
-    if np.isnan(losses).all():
-        return np.empty(0, dtype=np.float32), []
-    seen = ~np.isnan(losses)
+    seen = np.isfinite(losses)
     count = int(np.count_nonzero(seen))
+    if count == 0:
+        return np.empty(0, dtype=np.float32), []
     if quantiles is None:
         return np.array([losses.sum(dtype=np.float64, where=seen) / count], dtype=np.float32), [1 - prune]
     ranks = [int(quantile * count) for quantile, _ in quantiles]

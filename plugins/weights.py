@@ -92,7 +92,8 @@ def draw_without_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Gene
 
     Returns:
         ids int64 (k,), ascending, and their loss weights float32 (k,) of mean 1: a_i / mean(a), the Hajek form, so that
-        mean(weights * losses) estimates the mean loss over the items of positive weight.
+        mean(weights * losses) estimates the mean loss over the items of positive weight: a ratio estimate, whose bias
+        is of order 1 / k.
 
     Raises:
         ValueError: for weights that are not finite and >= 0, or k outside [0, number of positive weights].

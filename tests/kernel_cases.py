@@ -157,3 +157,25 @@ HISTOGRAM = [
     for low in (0, 1 << 31, 3_000_000_000)
     for shift in (0, 3, 12, 16, 28)
 ]
+
+
+# --- sample_losses ----------------------------------------------------------------------------------------------------
+
+IGNORED = -100
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def labelled_logits(rows, classes, dtype=torch.float32, scale=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, classes, generator=generator) * scale).to(dtype)
+    return logits, torch.randint(classes, (rows,), generator=generator)
+
+
+def assert_same_but_for_nan(ours, theirs):
+    """The same bits, apart from those of a NaN."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.isnan(), b.isnan())
+        bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+        a, b = a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0)
+        assert torch.equal(a.view(bits), b.view(bits))

@@ -131,7 +131,7 @@ void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t str
   int64_t* to = (int64_t*)out.data_ptr();
   const int64_t length = out.numel();
   STD_TORCH_CHECK(n >= 1 && n <= INT64_C(1) << 31 && start >= 0 && stride >= 1 &&
-                      (length == 0 || start + (length - 1) * stride < n),
+                      (length == 0 || (start < n && length - 1 <= (n - 1 - start) / stride)),
                   "permutation: positions must lie in [0, n), n in [1, 2^31]");
   if (n <= kSortedLimit) return sorted_permutation(to, length, n, seed, start, stride);
   const Feistel net = make_feistel((uint32_t)n, seed);

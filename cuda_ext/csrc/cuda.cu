@@ -84,7 +84,7 @@ void permutation(Tensor out, int64_t n, int64_t seed, int64_t start, int64_t str
   const Queue queue(out);
   int64_t* to = queue.contiguous<int64_t>("out", out, ScalarType::Long, 0);
   STD_TORCH_CHECK(n >= 1 && n <= INT64_C(1) << 31 && start >= 0 && stride >= 1 &&
-                      (out.numel() == 0 || start + (out.numel() - 1) * stride < n),
+                      (out.numel() == 0 || (start < n && out.numel() - 1 <= (n - 1 - start) / stride)),
                   "permutation: positions must lie in [0, n), n in [1, 2^31]");
   const int64_t sorted = n <= kSortedLimit ? n : 0;
   Tensor keys = scratch(out, sorted, ScalarType::Long), ranks = scratch(out, sorted, ScalarType::Int);

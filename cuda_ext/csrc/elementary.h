@@ -54,7 +54,7 @@ SW_HD float log1p_positive(float x) {
 }
 
 // 2^d of an integer d <= 127; 0 below the normal numbers.
-SW_HD float power_of_two(int32_t d) { return d < -126 ? 0.0f : float_of((uint32_t)(d + 127) << 23); }
+SW_HD float power_of_two(int32_t d) { return d < -126 ? 0.0f : float_of(((uint32_t)d + 127u) << 23); }
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: around it the floats are the integers; adding it rounds to one

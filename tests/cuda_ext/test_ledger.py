@@ -205,6 +205,35 @@ def test_the_state_of_another_data_set_is_refused(make, message):
         make().load_state_dict(Ledger(6, fingerprint="a").state_dict())
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("counters"), "it lacks counters"),
+        (lambda state: state.update(records=state["records"][:1]), r"records are torch.float32 \(1, 8\)"),
+        (lambda state: state.update(records=state["records"].bfloat16()), "records are torch.bfloat16"),
+        (lambda state: state.update(counters=state["counters"][:1]), r"counters are torch.int64 \(1,\)"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_nothing_is_changed(damage, message):
+    ledger = Ledger(6)
+    ledger.update(torch.tensor([1]), torch.ones(1))
+    before, state = ledger.records.clone(), Ledger(6).state_dict()
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        ledger.load_state_dict(state)
+    assert torch.equal(ledger.records.view(torch.int32), before.view(torch.int32))
+
+
+def test_a_ledger_made_or_grown_in_inference_mode_can_be_used_outside():
+    with torch.inference_mode():
+        ledger = Ledger(2)
+        ledger.grow(5)
+    ledger.update(torch.tensor([4]), torch.ones(1))
+    ledger.clear_weights()
+    ledger.load_state_dict(copy.deepcopy(ledger.state_dict()))
+    assert ledger.seen.tolist() == [False] * 4 + [True]
+
+
 def test_a_state_of_another_version_is_refused():
     with pytest.raises(ValueError, match="version 99"):
         Ledger(6).load_state_dict({**Ledger(6).state_dict(), "version": 99})

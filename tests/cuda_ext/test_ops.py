@@ -126,6 +126,13 @@ def test_the_kernel_itself_refuses_what_would_leave_its_memory(position, wrong):
         torch.ops.samplewise.ledger_update(*arguments)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("start", "stride"), [(0, 2**63 - 1), (2**63 - 1, 1), (0, 2**62), (9, 1), (-1, 1), (0, 0)])
+def test_the_kernel_itself_refuses_positions_outside(start, stride):
+    with pytest.raises(RuntimeError, match="positions must lie in"):
+        torch.ops.samplewise.permutation(torch.empty(3, dtype=torch.int64), 10, 0, start, stride)
+
+
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 

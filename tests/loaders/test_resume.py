@@ -371,3 +371,22 @@ def test_real_ranks_share_the_plan_hold_equal_ledgers_and_resume_exactly(world):
     for result, other in zip(results, again, strict=True):
         assert result[0] == other[0]
         assert torch.equal(result[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("cursor"), "it lacks cursor"),
+        (lambda state: state["segments"][0].update(ids=[0, 1000, 1]), r"must lie in \[0, 60\)"),
+        (lambda state: state["ledger"].pop("records"), "it lacks records"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_nothing_is_changed(damage, message):
+    sampler, other = Everything(SIZE), Everything(SIZE)
+    train_epoch(sampler, stop=3)
+    state = copy.deepcopy(sampler.state_dict())
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert not other.ledger.seen.any()
+    assert (other.epoch, other.consumed) == (0, 0)
