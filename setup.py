@@ -11,13 +11,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # pyproject.toml asks for it, but --no-build-isolation takes what is there
-    raise SystemExit("samplewise needs setuptools 77 or newer to be built: pip install 'setuptools>=77'") from None
+if (
+    int(setuptools.__version__.split(".")[0]) < 77
+):  # pyproject.toml says so, but --no-build-isolation takes what is there
+    raise SystemExit("samplewise needs setuptools 77 or newer to be built: pip install 'setuptools>=77,<82'")
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CHOICE = os.environ.get("SAMPLEWISE_NATIVE", "auto")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
