@@ -59,11 +59,10 @@ class Build(build_ext):
 
     def build_extension(self, extension):
         """Compile and link."""
-        target = self.get_ext_fullpath(extension.name)
-        self.mkpath(os.path.dirname(target))
-        Path(target).unlink(missing_ok=True)  # a build that fails must not leave an older one
         if not extension.name.endswith("_cuda"):
             return super().build_extension(extension)
+        target = self.get_ext_fullpath(extension.name)
+        self.mkpath(os.path.dirname(target))
         folders = [f"-I{extension.include_dirs[0]}", f"-L{extension.library_dirs[0]}"]
         self.spawn([NVCC, *FLAGS, *CUDA, *folders, *extension.sources, "-o", target, "-Xlinker=" + ",".join(LINK)])
 

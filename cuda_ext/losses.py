@@ -43,7 +43,6 @@ _LIMIT = 4096.0  # logits within +-_LIMIT are taken as they are; other rows agai
 _LOWEST = -5850  # first scale of a lane: terms of logits below about -4096 vanish against it
 _PIECE = {"cpu": 1 << 17}  # logits at a time: temporaries that stay in the cache
 _LARGE_PIECE = 1 << 22
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SampleLosses(NamedTuple):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -137,6 +138,11 @@ def test_a_wheel_with_kernels_is_for_every_python_and_uses_them(tree, tmp_path):
 
 
 def test_without_a_compiler_the_install_succeeds_and_says_so(tree, tmp_path):
+    older = (
+        tree / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "samplewise" / "cuda_ext"
+    )
+    older.mkdir(parents=True)
+    (older / "_cpu.so").write_text("what an earlier build left must not be installed")
     environment = {**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++", "PATH": os.path.dirname(sys.executable)}
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation"]
     call(*command, "--target", tmp_path / "there", tree, env=environment)

@@ -74,8 +74,10 @@ def test_a_constant_is_its_own_mean():
     assert ops.histogram(torch.full((12345,), 0.1)).mean == np.float32(0.1)
 
 
+@pytest.mark.parametrize("few", [0, 2**31], ids=["counted", "sorted"])
 @pytest.mark.parametrize("name", NAMES)
-def test_order_statistics_are_those_of_the_sorted_values(name):
+def test_order_statistics_are_those_of_the_sorted_values(name, few, monkeypatch):
+    monkeypatch.setattr(ops, "_FEW", few)
     values = values_named(name)
     ordered = np.sort(values[np.isfinite(values)])
     ranks = sorted({0, 1, ordered.size // 5, ordered.size // 2, ordered.size - 2, ordered.size - 1})
