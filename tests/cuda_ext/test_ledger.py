@@ -344,6 +344,18 @@ def test_a_rank_restores_its_own_unsynced_state_and_no_other_does():
         Ledger(4).load_state_dict(results[0][0])
 
 
+def uneven_updates(rank):
+    ledger = Ledger(4)
+    for _ in range(1 + 2 * rank):
+        ledger.update(torch.tensor([rank]), torch.ones(1))
+    ledger.sync()
+    return ledger.updates, ledger.column("last_step").tolist()
+
+
+def test_ranks_that_observed_unevenly_agree_on_the_number_of_updates():
+    assert run_ranks(2, uneven_updates) == [(3, [0, 2, -1, -1])] * 2
+
+
 def refused_update(rank):
     try:
         Ledger(4).update(torch.tensor([4]), torch.ones(1))

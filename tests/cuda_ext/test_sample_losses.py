@@ -150,3 +150,11 @@ def test_labels_elsewhere_are_refused():
 def test_causal_sequences_of_no_tokens():
     losses, norms = sample_losses(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.int64), causal=True)
     assert losses.tolist() == norms.tolist() == [0, 0]
+
+
+def test_a_sequences_loss_does_not_depend_on_the_order_of_its_tokens():
+    logits, labels = labelled_logits(8 * 101, 13)
+    logits, labels = logits.view(8, 101, 13), labels.view(8, 101)
+    order = torch.randperm(101, generator=torch.Generator().manual_seed(2))
+    ours, shuffled = sample_losses(logits, labels), sample_losses(logits[:, order], labels[:, order])
+    assert_same_but_for_nan(shuffled, ours)
