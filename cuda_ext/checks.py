@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from operator import index
 from typing import Any
@@ -64,3 +65,20 @@ def share(
     if not low <= number <= high or (number == low and ends[0] == "(") or (number == high and ends[1] == ")"):
         raise ValueError(f"{owner}({name}={value!r}): {meaning} {rule}.")
     return number
+
+
+def optional_import(owner: str, module: str, extra: str) -> Any:
+    """A module that only an extra installs.
+
+    Args:
+        owner: class or function that needs it.
+        module: its import name.
+        extra: the extra that installs it.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{owner} needs {module}: pip install 'samplewise[{extra}]'", name=module) from error

@@ -17,6 +17,7 @@ from samplewise.cuda_ext import Ledger, ledger
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.ops import MAX_SIZE
 from samplewise.loaders.cursor import Cursor
+from samplewise.loaders.epoch import SharedEpoch
 from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.seeding import generator
@@ -63,7 +64,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     Attributes:
         ledger: the per-sample statistics, :class:`samplewise.cuda_ext.Ledger`.
-        epoch: the current epoch, from 0.
+        shared_epoch: the current epoch, :attr:`epoch`, for data sets that draw by it in worker processes.
         recording: set it to False while losses must not be recorded (validation).
         plan_seconds: seconds that the last planning took, the ledger's sync included.
     """
@@ -100,7 +101,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.dataset: Any = range(self.size)  # DistributedSampler's attribute; only its length is known here
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.epoch = 0
+        self.shared_epoch = SharedEpoch()
         self.recording = True
         self.plan_seconds = 0.0
         self._segments: tuple[Segment, ...] = ()
@@ -188,6 +189,15 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.dataset = range(self.size)
 
     # --- the DataLoader's side ----------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0."""
+        return self.shared_epoch.value
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.shared_epoch.value = value
 
     @property
     def num_replicas(self) -> int:
