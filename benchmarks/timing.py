@@ -74,11 +74,12 @@ def judged(
     return text
 
 
-def header(title: str) -> None:
-    """Say what is measured and on what; one thread."""
-    torch.set_num_threads(1)
-    threadpool_limits(1)  # numpy's, which would be at it too
-    print(f"{title}\ntorch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}, one thread")
+def header(title: str, *, threads: int = 1) -> None:
+    """Say what is measured and on what."""
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)  # numpy's, which would be at it too
+    versions = f"torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}"
+    print(f"{title}\n{versions}, {threads} thread{'s'[: threads > 1]}")
     print(f"CPU kernels {NATIVE['CPU'].partition(':')[0]}; in brackets the target and whether it is met\n")
 
 

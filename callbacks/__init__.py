@@ -9,11 +9,16 @@ from samplewise.callbacks.budget import BudgetSchedule
 
 if TYPE_CHECKING:
     from samplewise.callbacks.lightning import SamplingCallback
+    from samplewise.callbacks.negatives import RefreshHardNegatives
     from samplewise.callbacks.report import SamplingReport
 
-__all__ = ["BudgetSchedule", "SamplingCallback", "SamplingReport"]
+__all__ = ["BudgetSchedule", "RefreshHardNegatives", "SamplingCallback", "SamplingReport"]
 
-_EXTRAS = {"SamplingCallback": ("lightning", "lightning"), "SamplingReport": ("report", "lightning,report")}
+_EXTRAS = {
+    "RefreshHardNegatives": ("negatives", "lightning"),
+    "SamplingCallback": ("lightning", "lightning"),
+    "SamplingReport": ("report", "lightning,report"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -67,6 +67,16 @@ def share(
     return number
 
 
+def choice(owner: str, name: str, value: object, *choices: str) -> None:
+    """Check that ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{owner}({name}={value!r}): {name} must be one of {', '.join(map(repr, choices))}.")
+
+
 def optional_import(owner: str, module: str, extra: str) -> Any:
     """A module that only an extra installs.
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from samplewise.cuda_ext import ops, reference
 from samplewise.cuda_ext.checks import integer, share
+from samplewise.cuda_ext.ranks import gather_rows, rank, world_size
 
 VERSION = 2
 _WIDTH = 8  # columns of a record
@@ -222,7 +222,7 @@ class Ledger:
             IndexError: ids outside [0, N) were observed on a GPU since the ledger was made.
         """
         if self._shared():
-            integers, values = _gather(*_pack(self._pending))
+            integers, values = gather_rows(*_pack(self._pending))
             self._pending.clear()
             reference.check_ids(integers[:, 0].numpy(), self.size)
             order = torch.sort(integers[:, 1], stable=True).indices  # the gather is in rank order already
@@ -333,16 +333,6 @@ def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
     return values if values.dtype is torch.float32 else values.to(torch.float32)
 
 
-def world_size() -> int:
-    """Number of processes of the process group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number in the process group, 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def _pack(pending: list[_Entry]) -> tuple[Tensor, Tensor]:
     """The observations as int64 (n, 2) of (id, step) and float32 (n, 2) of (loss, score), NaN where there is none."""
     integers = [torch.empty(0, 2, dtype=torch.int64, device="cpu")]
@@ -352,20 +342,3 @@ def _pack(pending: list[_Entry]) -> tuple[Tensor, Tensor]:
         scores = torch.full_like(losses, torch.nan) if scores is None else scores.to(losses.device)
         values.append(torch.stack([losses, scores], dim=1).cpu())
     return torch.cat(integers), torch.cat(values)
-
-
-def _gather(*tensors: Tensor) -> list[Tensor]:
-    """All ranks' rows of each tensor (n_r, 2), in rank order, on the CPU; the tensors of a rank are equally long."""
-    wire = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-    length = torch.tensor([tensors[0].shape[0]], device=wire)
-    lengths = [torch.empty_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length)
-    counts = [int(n) for n in lengths]
-    gathered = []
-    for rows in tensors:
-        padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=wire)
-        padded[: rows.shape[0]] = rows.to(wire)
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        gathered.append(torch.cat([part[:n].cpu() for part, n in zip(parts, counts, strict=True)]))
-    return gathered

@@ -1,6 +1,9 @@
 """The methods: what to train on next. One paper a file."""
 
+from samplewise.plugins.adore import AdoreLoss as AdoreLoss
+from samplewise.plugins.hard_negatives import mine_hard_negatives as mine_hard_negatives
 from samplewise.plugins.infobatch import InfoBatch as InfoBatch
 from samplewise.plugins.rs2 import RS2 as RS2
 from samplewise.plugins.seta import SeTa as SeTa
+from samplewise.plugins.star import star_loss as star_loss
 from samplewise.plugins.uniform import Uniform as Uniform

@@ -26,8 +26,7 @@ from typing_extensions import Unpack
 
 from samplewise.cuda_ext import ops
 from samplewise.cuda_ext.checks import integer, share
-from samplewise.loaders import Plan, PlannedSampler
-from samplewise.loaders.sampler import SamplerOptions
+from samplewise.loaders import Plan, PlannedSampler, SamplerOptions
 
 Quantiles = Sequence[tuple[float, float]]
 PAPER_QUANTILES: Quantiles = ((0.20, 0.25), (0.85, 0.5))

@@ -27,8 +27,7 @@ from typing_extensions import Unpack, override
 from samplewise.cuda_ext import ops
 from samplewise.cuda_ext.checks import share
 from samplewise.cuda_ext.hashing import hash64
-from samplewise.loaders import Plan, PlannedSampler
-from samplewise.loaders.sampler import SamplerOptions
+from samplewise.loaders import Plan, PlannedSampler, SamplerOptions
 from samplewise.loaders.seeding import derive
 
 IntArray = npt.NDArray[np.int64]

@@ -26,8 +26,7 @@ from typing_extensions import Unpack
 
 from samplewise.cuda_ext.checks import integer, share
 from samplewise.cuda_ext.hashing import hash64
-from samplewise.loaders import Plan, PlannedSampler
-from samplewise.loaders.sampler import SamplerOptions
+from samplewise.loaders import Plan, PlannedSampler, SamplerOptions
 from samplewise.loaders.seeding import derive
 from samplewise.plugins import clustering, weights
 

@@ -288,7 +288,33 @@ def ddp(folder: Path) -> None:
     torch.save(result, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
 
 
-JOBS = {"resume_all": resume_all, "ddp": ddp}
+def negatives(folder: Path) -> None:
+    """Under DDP: hard negatives that are mined anew each epoch, then a run resumed in the middle."""
+    import negatives_support as retrieval
+
+    from samplewise.callbacks import RefreshHardNegatives
+    from samplewise.plugins import Uniform
+
+    def run(table: Path, *more: Callback, ckpt_path: Path | None = None) -> tuple[Any, RefreshHardNegatives]:
+        sampler = Uniform(len(retrieval.QUERIES), seed=1)
+        data = retrieval.dataset(table, sampler)
+        model = retrieval.Encoder(sampler)
+        callback = RefreshHardNegatives(data, model.encode, every_n_epochs=1, top_k=5, progress=False)
+        settings = {"strategy": "ddp", "devices": int(os.environ["WORLD"]), "max_epochs": 2}
+        trainer(sampler, callback, *more, **settings).fit(
+            model, retrieval.loader(data, sampler), ckpt_path=ckpt_path, weights_only=True
+        )
+        return model, callback
+
+    model, callback = run(folder / "table", SaveEveryStep(folder))
+    weights = model.words.weight.detach().clone()
+    again, _ = run(folder / "table", ckpt_path=folder / "on_train_batch_end-002.ckpt")
+    result = {"versions": [row["version"] for row in callback.history], "weights": weights.numpy().tobytes()}
+    result |= {"resumed": again.words.weight.detach().numpy().tobytes(), "ids": [ids for _, ids, _ in model.seen[:3]]}
+    torch.save(result, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+
+
+JOBS = {"resume_all": resume_all, "ddp": ddp, "negatives": negatives}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]](Path(sys.argv[2]))

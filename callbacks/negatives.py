@@ -1,0 +1,212 @@
+"""RefreshHardNegatives: hard negatives that keep up with the encoder, in a Lightning training run."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import Unpack, override
+
+from samplewise.cuda_ext.checks import integer
+from samplewise.cuda_ext.ranks import rank, world_size
+from samplewise.loaders import RetrievalDataset, Table
+from samplewise.plugins.hard_negatives import MiningOptions
+from samplewise.plugins.refresh import Encoder, refresh_hard_negatives
+
+VERSION = 1
+
+
+class RefreshHardNegatives(Callback):
+    """Mines a data set's hard negatives anew, every n epochs or every n optimizer steps.
+
+    Where the table is empty, it is filled before the training starts. By epochs, an epoch's negatives are mined at its
+    start, before any of its batches is fetched. By steps, batches that workers have fetched already keep their
+    negatives; the next ones have the new. The model is in evaluation mode while it encodes, under the trainer's
+    precision; the modules' modes are restored.
+
+    A run resumed from a checkpoint goes on with the table's version of that moment, if it is still there
+    (``Table(keep=...)``); else the negatives are mined anew from the checkpoint's weights, with a warning.
+
+    It logs ``negatives/overlap`` with the version before, ``/removed`` (share of a plain top K kept out as known
+    positives or by the filters), ``/padded``, ``/margin`` (mean similarity of the positive minus that of the hardest
+    negative), ``/encode_seconds`` and ``/mine_seconds``, see
+    :func:`~samplewise.plugins.refresh.refresh_hard_negatives`.
+
+    Args:
+        dataset: the training data set (within ``with_ids``); its ``negatives`` are a table.
+        encode_queries: from a list of queries to embeddings (b, E), for example a method of the module.
+        encode_documents: the same for documents; None: by ``encode_queries``.
+        every_n_epochs: epochs between two minings; or else
+        every_n_steps: optimizer steps between two minings.
+        top_k: K, negatives kept for each query.
+        batch_size: queries or documents encoded at a time.
+        **mining: more options of :func:`~samplewise.plugins.mine_hard_negatives`.
+
+    Attributes:
+        history: what was logged, with the version and the step, one dict a mining.
+
+    Raises:
+        TypeError: the data set is no RetrievalDataset, or has no table.
+        ValueError: not exactly one of ``every_n_epochs`` and ``every_n_steps``.
+
+    Example::
+
+        data = RetrievalDataset(queries, documents, positives, Table("negatives"), sampler=sampler)
+        collate = collate_with_ids(CollateRetrieval(tokenize))
+        loader = DataLoader(with_ids(data), batch_size=64, sampler=sampler, collate_fn=collate)
+        Trainer(callbacks=[SamplingCallback(sampler), RefreshHardNegatives(data, model.encode, every_n_epochs=1)])
+    """
+
+    def __init__(
+        self,
+        dataset: RetrievalDataset,
+        encode_queries: Encoder,
+        encode_documents: Encoder | None = None,
+        *,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        top_k: int = 200,
+        batch_size: int = 256,
+        **mining: Unpack[MiningOptions],
+    ):
+        owner = type(self).__name__
+        if not isinstance(dataset, RetrievalDataset) or not isinstance(dataset.negatives, Table):
+            raise TypeError(
+                f"{owner}(dataset={type(dataset).__name__}): a RetrievalDataset whose negatives are a Table is needed, "
+                f"the one inside with_ids()."
+            )
+        if (every_n_epochs is None) == (every_n_steps is None):
+            raise ValueError(
+                f"{owner}(every_n_epochs={every_n_epochs}, every_n_steps={every_n_steps}): give one of the two."
+            )
+        self.every_n_epochs, self.every_n_steps = (
+            None if value is None else integer(owner, name, value, 1)
+            for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps))
+        )
+        self.dataset, self.table = dataset, dataset.negatives
+        self.encoders = (encode_queries, encode_documents)
+        self.options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, **mining}
+        self.history: list[dict[str, float]] = []
+        self._mined_epoch, self._mined_step = 0, 0  # the last ones for which negatives were mined
+        self._step = 0
+        self._epoch, self._epoch_over = 0, False
+        self._restored: int | None = None  # the version that a checkpoint names
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored, self._mined_epoch, self._mined_step = None, 0, 0  # a checkpoint's state comes after this
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._prepare(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._prepare(trainer, pl_module)  # sharded strategies restore checkpoints after on_fit_start
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The negatives of the first batches; the loader is iterated before any epoch's start."""
+        if self._restored is None:
+            self._step = trainer.global_step
+        else:
+            self._restore(trainer, pl_module)
+        if not self.table.version:
+            self._refresh(trainer, pl_module)
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        version, self._restored = self._restored, None
+        assert version is not None
+        gone = ""
+        if rank() == 0:
+            try:
+                self.table.restore(version)
+            except ValueError as error:
+                gone = str(error)
+        gone = _from_first_rank(gone)
+        if gone:
+            warnings.warn(f"RefreshHardNegatives: the checkpoint's negatives are mined anew: {gone}", stacklevel=2)
+        if self._epoch_over and self._is_due(trainer, self._epoch + 1):  # saved at an epoch's end
+            self._refresh(trainer, pl_module, epoch=self._epoch + 1)
+        elif gone:
+            self._refresh(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch, self._epoch_over = trainer.current_epoch, False
+        if self._is_due(trainer, self._epoch):
+            self._refresh(trainer, pl_module, epoch=self._epoch)
+
+    def _is_due(self, trainer: Trainer, epoch: int) -> bool:
+        every, end = self.every_n_epochs, trainer.max_epochs
+        if every is None or epoch == 0 or epoch % every or epoch == self._mined_epoch:
+            return False
+        return end is None or end < 0 or epoch < end
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._epoch_over = trainer.is_last_batch
+        self._step = step = trainer.global_step
+        every = self.every_n_steps
+        if every is not None and step % every == 0 and step != self._mined_step and not _is_over(trainer):
+            self._refresh(trainer, pl_module)
+
+    def _refresh(self, trainer: Trainer, pl_module: LightningModule, epoch: int | None = None) -> None:
+        modes = [(module, module.training) for module in pl_module.modules()]
+        pl_module.eval()
+        try:
+            with trainer.strategy.precision_plugin.forward_context():
+                figures = refresh_hard_negatives(self.dataset, *self.encoders, device=pl_module.device, **self.options)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self._mined_step = self._step
+        self._mined_epoch = self._mined_epoch if epoch is None else epoch
+        self.history.append({**figures, "version": self.table.version, "step": self._step})
+        for logger in trainer.loggers:  # log() is not allowed before the first epoch
+            logger.log_metrics({f"negatives/{key}": value for key, value in figures.items()}, step=self._step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "table": self.table.version,
+            "epoch": self._epoch,
+            "epoch_over": self._epoch_over,
+            "mined_epoch": self._mined_epoch,
+            "mined_step": self._mined_step,
+            "step": self._step,
+            "history": [dict(figures) for figures in self.history],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != VERSION:
+            raise ValueError(
+                f"RefreshHardNegatives state: version {state_dict.get('version')} was saved, this release reads "
+                f"{VERSION}."
+            )
+        self._restored = state_dict["table"]
+        self._epoch, self._epoch_over = state_dict["epoch"], state_dict["epoch_over"]
+        self._mined_epoch, self._mined_step = state_dict["mined_epoch"], state_dict["mined_step"]
+        self._step = state_dict["step"]
+        self.history = [dict(figures) for figures in state_dict["history"]]
+
+
+def _is_over(trainer: Trainer) -> bool:
+    """Whether the batch that ends is the last one of the training."""
+    return trainer.global_step == trainer.max_steps or (
+        trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    )
+
+
+def _from_first_rank(text: str) -> str:
+    """Rank 0's text, on all ranks; collective."""
+    if world_size() == 1:
+        return text
+    values = [text]
+    dist.broadcast_object_list(values)
+    return values[0]
