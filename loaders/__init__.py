@@ -1,7 +1,26 @@
-"""The DataLoader side: plans, samplers, and ids that travel inside the batch."""
+"""The DataLoader side: plans, samplers, ids that travel inside the batch, negatives, tables that workers re-open."""
 
+from samplewise.loaders.arrange import DistinctBatches
 from samplewise.loaders.ids import SAMPLE_ID, collate_with_ids, ids_of, with_ids
+from samplewise.loaders.negatives import CollateRetrieval, RetrievalDataset, known_positives
+from samplewise.loaders.options import SamplerOptions
 from samplewise.loaders.plan import Plan
-from samplewise.loaders.sampler import PlannedSampler, SamplerOptions
+from samplewise.loaders.ragged import Ragged
+from samplewise.loaders.sampler import PlannedSampler
+from samplewise.loaders.table import Table
 
-__all__ = ["SAMPLE_ID", "Plan", "PlannedSampler", "SamplerOptions", "collate_with_ids", "ids_of", "with_ids"]
+__all__ = [
+    "SAMPLE_ID",
+    "CollateRetrieval",
+    "DistinctBatches",
+    "Plan",
+    "PlannedSampler",
+    "Ragged",
+    "RetrievalDataset",
+    "SamplerOptions",
+    "Table",
+    "collate_with_ids",
+    "ids_of",
+    "known_positives",
+    "with_ids",
+]

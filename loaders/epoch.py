@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -13,6 +15,10 @@ class SharedEpoch:
 
     def __init__(self, value: int = 0):
         self._cell = torch.tensor([value], dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cell.share_memory_()  # a copy that was pickled or deep-copied; a worker's is shared already
 
     @property
     def value(self) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from samplewise.cuda_ext import Ledger
 from samplewise.cuda_ext.ops import permutation
+from samplewise.loaders.options import Arrange
 from samplewise.loaders.plan import Plan
-from samplewise.loaders.seeding import derive
+from samplewise.loaders.seeding import derive, generator
 
 VERSION = 1
 CHUNK = 65_536
@@ -93,6 +94,25 @@ def next_stretches(
     return tuple(segments)
 
 
+def arranged_ids(
+    arrange: Arrange, owner: str, segments: tuple[Segment, ...], seed: int, epoch: int, ranks: int
+) -> NDArray[np.int64]:
+    """All ids of one epoch in the order that ``arrange`` gives them: int64 (k,).
+
+    Raises:
+        ValueError: the order is no permutation of 0 ... k - 1.
+    """
+    ids = np.concatenate([segment.shown(seed, True)[0] for segment in segments])
+    order = np.asarray(arrange(ids, generator(seed, epoch, "arrange"), ranks))
+    fits = order.shape == ids.shape and order.dtype.kind in "iu" and order.min() >= 0 and order.max() < len(ids)
+    if not fits or (np.bincount(order, minlength=len(ids)) != 1).any():
+        raise ValueError(
+            f"{owner}(arrange=...): arrange must give a permutation of the positions 0 ... {len(ids) - 1}, int64 "
+            f"({len(ids)},), but gave {order.dtype}{order.shape}."
+        )
+    return ids[order]
+
+
 def write_weights(ledger: Ledger, segments: tuple[Segment, ...], seed: int, shuffle: bool) -> None:
     """Write one epoch's weights into the ledger.
 
@@ -119,6 +139,7 @@ class Order:
     Attributes:
         segments: stretches of plans, one after another.
         total: positions of all ranks together.
+        arranged: int64 (k,), all ids of the epoch in an order that takes the shuffle's place.
     """
 
     segments: tuple[Segment, ...]
@@ -127,6 +148,7 @@ class Order:
     num_replicas: int
     seed: int
     shuffle: bool
+    arranged: NDArray[np.int64] | None = None
 
     @property
     def length(self) -> int:
@@ -135,6 +157,9 @@ class Order:
 
     def ids(self, start: int, stop: int) -> NDArray[np.int64]:
         """This rank's ids number ``start`` to ``stop``: int64 (stop - start,)."""
+        if self.arranged is not None:
+            positions = self.rank + np.arange(start, stop) * self.num_replicas
+            return self.arranged[positions % len(self.arranged)]
         parts = []
         position = self.rank + start * self.num_replicas
         left = stop - start

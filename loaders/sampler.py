@@ -6,38 +6,26 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from time import perf_counter
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from samplewise.cuda_ext import Ledger, ledger
+from samplewise.cuda_ext import Ledger, ledger, ranks
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.ops import MAX_SIZE
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.epoch import SharedEpoch
-from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
+from samplewise.loaders.options import Arrange, arrange_name, check_arrange
+from samplewise.loaders.order import Order, OrderIterator, Segment, arranged_ids, next_stretches, write_weights
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.seeding import generator
+from samplewise.loaders.state import VERSION, checked_state
 
-VERSION = 1
 MOST_PLANS = 10_000  # an epoch of fixed length is at most so many times the data set
-
-
-class SamplerOptions(TypedDict, total=False):
-    """The options that every sampler takes; :class:`PlannedSampler` says what they mean."""
-
-    seed: int
-    shuffle: bool
-    drop_last: bool
-    epoch_length: int | Literal["plan"]
-    ema: float
-    device: str | torch.device
-    fingerprint: str
-    num_replicas: int | None
-    rank: int | None
 
 
 class PlannedSampler(DistributedSampler[int], ABC):
@@ -49,18 +37,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     Args:
         size: N, the number of samples: ``len(dataset)``.
-        seed: key of all randomness of this sampler; no global generator is read or changed.
-        shuffle: whether the planned ids are shuffled anew for each plan. False keeps the plan's order.
-        drop_last: with several ranks, leave the last ids out instead of repeating the first ones, where the plan does
-            not divide evenly.
-        epoch_length: ``"plan"``: an epoch is one plan, and its length changes with the plan. An int: every epoch has
-            that many samples (all ranks together) and runs through consecutive plans; those that begin in one epoch
-            are made from the ledger as it stands when the epoch begins.
-        ema: decay of the ledger's ``loss_ema``, in [0, 1).
-        device: where the ledger lives.
-        fingerprint: any text that identifies the data set; a state saved with another one is refused.
-        num_replicas: world size; None asks torch.distributed.
-        rank: this process's rank; None asks torch.distributed.
+        **options: keyword-only, those of every sampler, see :class:`samplewise.loaders.SamplerOptions`.
 
     Attributes:
         ledger: the per-sample statistics, :class:`samplewise.cuda_ext.Ledger`.
@@ -78,6 +55,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        arrange: Arrange | None = None,
         drop_last: bool = False,
         epoch_length: int | Literal["plan"] = "plan",
         ema: float = 0.9,
@@ -100,12 +78,15 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.size = self.ledger.size
         self.dataset: Any = range(self.size)  # DistributedSampler's attribute; only its length is known here
         self.shuffle = shuffle
+        self.arrange = check_arrange(name, arrange, shuffle)
         self.drop_last = drop_last
         self.shared_epoch = SharedEpoch()
         self.recording = True
         self.plan_seconds = 0.0
         self._segments: tuple[Segment, ...] = ()
         self._previous_order: Order | None = None
+        self._arranged: tuple[int, NDArray[np.int64]] | None = None  # for so many ranks
+        self._ranks: int | None = None  # for which the epoch in progress was arranged before it was saved
         self._planned = self._weighted = self._set_epoch_called = False
         self._cursor = Cursor.at_start(step=0)
 
@@ -164,6 +145,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         else:
             last = self._segments[-1] if self._segments else None
             self._segments = next_stretches(int(self.epoch_length), last, self.epoch, self._make_plan)
+        self._arranged = self._ranks = None
         self._finish_epoch()
         self.plan_seconds = perf_counter() - begin
 
@@ -202,7 +184,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
     @property
     def num_replicas(self) -> int:
         """World size, looked up when it is asked for."""
-        return ledger.world_size() if self._num_replicas is None else self._num_replicas
+        return ranks.world_size() if self._num_replicas is None else self._num_replicas
 
     @num_replicas.setter
     def num_replicas(self, value: int | None) -> None:
@@ -214,7 +196,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         """This process's rank, looked up when it is asked for."""
         if self._num_replicas == 1:
             return 0
-        return ledger.rank() if self._rank is None else self._rank
+        return ranks.rank() if self._rank is None else self._rank
 
     @rank.setter
     def rank(self, value: int | None) -> None:
@@ -251,7 +233,18 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     def _order(self) -> Order:
         total = self.total_size  # makes the plan where there is none yet
-        return Order(self._segments, total, self.rank, self.num_replicas, self.seed, self.shuffle)
+        ids = self._arranged_ids()
+        return Order(self._segments, total, self.rank, self.num_replicas, self.seed, self.shuffle, ids)
+
+    def _arranged_ids(self) -> NDArray[np.int64] | None:
+        """Made when first asked for, since only then the number of ranks is sure; it is the same on all of them."""
+        if self.arrange is None:
+            return None
+        world = self._ranks or self.num_replicas
+        if self._arranged is None or self._arranged[0] != world:
+            name = type(self).__name__
+            self._arranged = world, arranged_ids(self.arrange, name, self._segments, self.seed, self.epoch, world)
+        return self._arranged[1]
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
@@ -296,8 +289,9 @@ class PlannedSampler(DistributedSampler[int], ABC):
         """The loop left the epoch early and iterates it once more, unless it only looked at the first batch."""
         cursor = self._cursor
         cursor.iterated_again = False
-        first = cursor.start // self.num_replicas
-        if ids.numel() and int(ids[0]) == self._order().ids(first, first + 1)[0]:
+        order, share = self._order(), self.num_replicas
+        first, here = (order.ids(done // share, done // share + 1)[0] for done in (cursor.start, cursor.consumed))
+        if ids.numel() and int(ids[0]) == first and (first != here or cursor.consumed >= order.total):
             warnings.warn(
                 f"{type(self).__name__}: epoch {self.epoch} was left early and begins again, with the same samples in "
                 f"the same order. Call set_epoch() before each pass.",
@@ -345,7 +339,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     def sync(self) -> None:
         """Merge the ranks' observations into every rank's ledger. Collective; do it before :meth:`state_dict`."""
-        world = ledger.world_size()
+        world = ranks.world_size()
         if world > 1 and self.num_replicas not in (1, world):
             raise ValueError(
                 f"{type(self).__name__}(num_replicas={self.num_replicas}): there are {world} processes. Use None (each "
@@ -368,6 +362,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
             "epoch": self.epoch,
             "cursor": self._cursor.tensor,
             "total": self.total_size,
+            "ranks": self._ranks or self.num_replicas,
             "segments": [segment.state() for segment in self._segments],
             "ledger": self.ledger.state_dict(),
         }
@@ -375,7 +370,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on."""
         options = {key: getattr(self, key) for key in ("seed", "shuffle", "drop_last", "epoch_length")}
-        return {"sampler": type(self).__name__, **options}
+        return {"sampler": type(self).__name__, "arrange": arrange_name(self.arrange), **options}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was saved: the next iterator starts behind the consumed samples.
@@ -385,20 +380,13 @@ class PlannedSampler(DistributedSampler[int], ABC):
         Raises:
             ValueError: the state is damaged, or of another version, method, seed or data set; nothing is changed then.
         """
-        name = type(self).__name__
-        if state.get("version") != VERSION:
-            raise ValueError(f"{name} state: version {state.get('version')} was saved, this release reads {VERSION}.")
-        if missing := {"size", "epoch", "cursor", "total", "segments", "ledger", *self._identity()} - state.keys():
-            raise ValueError(f"{name} state: it lacks {', '.join(sorted(missing))}; it is damaged, or no sampler's.")
-        for key, own in self._identity().items():
-            if state[key] != own:
-                was = f"{name} state: it was saved with {key}={state[key]!r}, this one has {own!r}"
-                raise ValueError(f"{was}; resume with the same {key}.")
+        state = checked_state(type(self).__name__, state, self._identity())
         segments = tuple(Segment.from_state(part, state["size"]) for part in state["segments"])
         cursor = Cursor.from_tensor(state["cursor"])
         self.ledger.load_state_dict(state["ledger"])
         self.epoch, self._segments, self._cursor = state["epoch"], segments, cursor
-        self._previous_order = None
+        self._previous_order = self._arranged = None
+        self._ranks = state["ranks"] if cursor.consumed else None
         self._finish_epoch()
         if self._cursor.is_complete(state["total"]):  # what comes next is a plan of the ledger just loaded
             if state["ledger"]["pending"]:

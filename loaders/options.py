@@ -1,0 +1,76 @@
+"""The options that every sampler takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Arrange = Callable[[NDArray[np.int64], np.random.Generator, int], NDArray[np.int64]]
+"""``(ids int64 (k,), rng, ranks) -> order int64 (k,)``, see :class:`SamplerOptions`."""
+
+
+class SamplerOptions(TypedDict, total=False):
+    """The options that every sampler takes.
+
+    Attributes:
+        seed: key of all randomness of this sampler; no global generator is read or changed.
+        shuffle: whether the planned ids are shuffled anew for each plan. False keeps the plan's order.
+        arrange: what puts the ids of an epoch in order in place of the uniform shuffle, for example
+            :class:`samplewise.loaders.DistinctBatches`: gets the epoch's ids, a generator keyed by (seed, epoch) and
+            the number of ranks, and gives a permutation of 0 ... k - 1. With a fixed ``epoch_length`` the ids are all
+            those of the epoch, from one or more plans; which ones is settled by the uniform shuffle of each plan. The
+            ids of the epoch are then held in memory, 8 bytes each.
+        drop_last: with several ranks, leave the last ids out instead of repeating the first ones, where the plan does
+            not divide evenly.
+        epoch_length: ``"plan"``: an epoch is one plan, and its length changes with the plan. An int: every epoch has
+            that many samples (all ranks together) and runs through consecutive plans; those that begin in one epoch
+            are made from the ledger as it stands when the epoch begins.
+        ema: decay of the ledger's ``loss_ema``, in [0, 1).
+        device: where the ledger lives.
+        fingerprint: any text that identifies the data set; a state saved with another one is refused.
+        num_replicas: world size; None asks torch.distributed.
+        rank: this process's rank; None asks torch.distributed.
+    """
+
+    seed: int
+    shuffle: bool
+    arrange: Arrange | None
+    drop_last: bool
+    epoch_length: int | Literal["plan"]
+    ema: float
+    device: str | torch.device
+    fingerprint: str
+    num_replicas: int | None
+    rank: int | None
+
+
+def check_arrange(owner: str, arrange: Any, shuffle: bool) -> Arrange | None:
+    """``arrange``, where it goes with the other options.
+
+    Raises:
+        TypeError: nothing that can be called.
+        ValueError: with ``shuffle=False``.
+    """
+    if arrange is None:
+        return None
+    if not callable(arrange):
+        raise TypeError(
+            f"{owner}(arrange={arrange!r}): arrange must be callable, (ids, rng, ranks) -> order; for example "
+            f"DistinctBatches(keys, batch_size)."
+        )
+    if not shuffle:
+        raise ValueError(
+            f"{owner}(arrange=..., shuffle=False): shuffle=False keeps the plan's order and arrange makes another one; "
+            f"leave one of them out."
+        )
+    checked: Arrange = arrange
+    return checked
+
+
+def arrange_name(arrange: Arrange | None) -> str | None:
+    """What a saved sampler notes of it: the name of the class, or of the function."""
+    return None if arrange is None else getattr(arrange, "__qualname__", type(arrange).__qualname__)

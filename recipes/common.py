@@ -1,0 +1,102 @@
+"""What the recipes share: settings while one runs, means and differences in words, files, the terminal's table."""
+
+import contextlib
+import csv
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from samplewise.callbacks.page import Table
+
+Row = Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def surroundings(threads: int) -> Iterator[None]:
+    """Torch's threads (0: left alone), and no hints from Lightning, which are for single trainings; then as before."""
+    log, before = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    torch.set_num_threads(threads or before)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        log.setLevel(level)
+        torch.set_num_threads(before)
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether results can be written there: the folder is made, or the nearest one above it that exists is writable."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine."""
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+    return {**versions, "machine": platform.machine(), "gpu": gpu, "torch threads": str(torch.get_num_threads())}
+
+
+def sd(values: np.ndarray) -> float:
+    """Sample standard deviation; 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def mean_sd(row: Row, key: str = "mean", spread: str = "sd") -> str:
+    """A row's mean, and its standard deviation where there are several seeds."""
+    return f"{row[key]:.4f}" + (f" ± {row[spread]:.4f}" if row["seeds"] > 1 else "")
+
+
+def difference(row: Row, key: str) -> str:
+    """A row's paired difference, with sign, and the standard deviation of the differences; "" where there is none."""
+    if row[key] is None:
+        return ""
+    return f"{row[key]:+.4f}" + (f" ± {row[f'{key}_sd']:.4f}" if row["seeds"] > 1 else "")
+
+
+def settings_table(results: Row) -> Table:
+    """Options and environment, for the report."""
+    pairs = {**results["options"], **results["environment"], "seconds in all": f"{results['seconds']:.0f}"}
+    return Table(
+        [], [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in pairs.items()], True
+    )
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line a row, under the keys of the first one."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, numbers to the right."""
+    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, end_section=row is rows[-1])
+    console.print(table)
+
+
+def print_end(console: Console, findings: Sequence[str], last: str) -> None:
+    """The findings, a line each, and the last line."""
+    for sentence in findings:
+        console.print(f"- {sentence}", highlight=False, markup=False)
+    console.print(last, highlight=False, markup=False, soft_wrap=True)
