@@ -229,6 +229,7 @@ def _chunk_size(buffer_mb: int, queries: int, dimensions: int) -> int:
 
 def _tensor(owner: str, name: str, values: Any) -> Tensor:
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        values = values.copy() if min(values.strides, default=0) < 0 else values  # which torch cannot have
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
             values = torch.from_numpy(values)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from negatives_support import WORDS, texts, tokenize
 from torch.utils.data import TensorDataset
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
@@ -28,8 +29,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_four_examples():
-    assert len(BLOCKS) == 4
+def test_there_are_the_five_examples():
+    assert len(BLOCKS) == 5
 
 
 def test_plain_loop_and_lightning(names):
@@ -47,7 +48,20 @@ def test_plain_loop_and_lightning(names):
     assert names["sampler"].ledger.column("score").isfinite().any()
 
 
+def test_hard_negatives(names):
+    exec(BLOCKS[0], names)  # its imports
+    words = torch.nn.EmbeddingBag(WORDS, 8)
+    names |= {"queries": texts(64, 0), "documents": texts(200, 1), "positives": [[row, row + 64] for row in range(64)]}
+    names |= {"encoder": words, "tokenize": tokenize, "embed": lambda items: words(tokenize(items))}
+    names["optimizer"] = torch.optim.SGD(words.parameters(), lr=0.1)
+    before = words.weight.detach().clone()
+    exec(BLOCKS[3], names)
+    assert names["table"]["negatives"].shape == (64, 50)
+    assert names["sampler"].ledger.seen.all()
+    assert (words.weight != before).any()
+
+
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[3])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[4])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5

@@ -282,6 +282,15 @@ def test_resumed_with_another_number_of_ranks_the_epoch_goes_on_as_it_was(ranks)
         assert list(other) == list(fresh)
 
 
+def test_a_state_is_loaded_into_a_sampler_that_was_iterated():
+    ahead, sampler = make(), make()
+    ahead.set_epoch(1)
+    train_epoch(ahead, stop=2)
+    list(sampler)
+    sampler.load_state_dict(saved(ahead))
+    assert list(sampler) == list(ahead)[14:]
+
+
 def function(ids, rng, ranks):
     return rng.permutation(len(ids))
 

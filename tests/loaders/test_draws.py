@@ -160,6 +160,15 @@ def test_bad_tables_are_refused_at_once_or_when_they_appear(tmp_path, arrays, me
             read()
 
 
+def test_every_new_version_is_checked(tmp_path):
+    table = write(Table(tmp_path), mined())
+    dataset = make(table, count=2)
+    assert len(drawn(dataset)) == Q
+    write(table, mined(), documents=41)
+    with pytest.raises(ValueError, match="version 2: mined from 41 documents"):
+        drawn(dataset)
+
+
 def test_rows_of_a_table_that_are_no_documents(tmp_path):
     dataset = make(write(Table(tmp_path), OUTSIDE), count=6)
     assert len(drawn(dataset, [0, 1])) == 2

@@ -104,6 +104,14 @@ def test_one_access_to_the_documents_and_one_snapshot_a_batch(tmp_path):
     assert dataset.__getitems__([]) == []
 
 
+def test_one_access_to_a_column_of_an_hf_data_set(monkeypatch):
+    documents, calls, getitem = column(DOCUMENTS), [], datasets.Dataset.__getitem__
+    dataset = RetrievalDataset(QUERIES, documents, POSITIVES, mined(), count=2)
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda self, key: calls.append(key) or getitem(self, key))
+    dataset.__getitems__([4, 0, 9])
+    assert [len(rows) for rows in calls] == [9]
+
+
 # --- what the draws depend on -----------------------------------------------------------------------------------------
 
 

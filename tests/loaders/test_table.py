@@ -211,6 +211,42 @@ def test_a_version_deleted_between_pointer_and_arrays_is_read_again(tmp_path, mo
     assert len(late) == 2
 
 
+def test_a_number_that_comes_again_while_its_arrays_are_opened_is_not_mixed(tmp_path, monkeypatch):
+    writer, reader = Table(tmp_path), Table(tmp_path)
+    publish(writer, 1)
+    publish(writer, 2)
+    load, late = np.load, []
+
+    def slow_load(path, **options):
+        if Path(path).name == "b.npy" and not late:
+            late.append(path)
+            writer.restore(1)
+            publish(writer, 22)
+        return load(path, **options)
+
+    monkeypatch.setattr(np, "load", slow_load)
+    assert value_of(reader.snapshot()) == 22
+    assert late
+
+
+def test_a_version_published_while_the_pointer_is_read_is_seen_next_time(tmp_path, monkeypatch):
+    writer, reader = Table(tmp_path), Table(tmp_path)
+    publish(writer, 1)
+    plain_open, late = open, []
+
+    def slow_open(path, *arguments, **options):
+        file = plain_open(path, *arguments, **options)
+        if str(path).endswith("current.json") and not late:
+            late.append(path)
+            publish(writer, 2)
+        return file
+
+    monkeypatch.setattr("builtins.open", slow_open)
+    reader.snapshot()
+    assert late
+    assert value_of(reader.snapshot()) == 2
+
+
 def test_pickled_it_opens_the_same_folder_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table = Table("table", fingerprint="f", keep=3)

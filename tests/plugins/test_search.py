@@ -100,6 +100,7 @@ def test_other_dtypes_arrays_and_memory_maps_give_the_same(tmp_path, dtype):
     np.save(tmp_path / "documents.npy", documents.numpy().astype(np.float16))
     mapped = np.load(tmp_path / "documents.npy", mmap_mode="r")
     assert (search(mapped, queries.numpy(), 20).ids == expected).all()
+    assert (search(documents.numpy()[::-1].copy()[::-1], queries.numpy(), 20).ids == expected).all()
 
 
 def test_parts_of_the_corpus_merge_to_the_whole():
