@@ -36,7 +36,7 @@ class DistinctBatches:
 
     Where there is no such order (a key with more samples than batches), the clashes are spread evenly and a warning
     says how many are left. Where the ranks fill up the last batch with the epoch's first ids, these are chosen so that
-    they do not clash in it.
+    they do not clash in it, as far as the first batch has such.
 
     Args:
         keys: N lists of integers (or one bare integer each), a sample's keys; a list may be empty.

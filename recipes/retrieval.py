@@ -55,8 +55,8 @@ class RetrievalOptions:
         model: all-minilm-l6-v2, a folder that transformers reads, or a hub name
         documents: of icd10, so many codes: those with queries, then siblings of them; 0 takes all 46,881
         arms: what is compared, and with the pretrained encoder as it is. Others are in_batch_random (random documents
-            beside the batch's: more of them, not harder ones), star_rs2 (differs from star only where the steps are
-            more than an epoch), star_refresh (mined anew as it learns) and bm25_hard
+            beside the batch's: more of them, not harder ones), star_refresh (mined anew as it learns) and bm25_hard;
+            star_rs2 differs from star only where the steps are more than an epoch
         steps: optimizer steps of each arm
         seeds: number of repeats; repeat s uses seed s for the order of the queries and for what is drawn
         batch_size: queries in a batch
@@ -86,20 +86,20 @@ class RetrievalOptions:
     data: str = "icd10"
     model: str = "all-minilm-l6-v2"
     documents: int = 10_000
-    arms: list[Name] = field(default_factory=lambda: ["random", "in_batch", "static_hard", "star", "adore"])
+    arms: list[Name] = field(default_factory=lambda: ["random", "in_batch", "static_hard", "star", "adore", "star_rs2"])
     steps: int = 80
     seeds: int = 3
     batch_size: int = 32
-    negatives: int = 4
-    depth: int = 50
+    negatives: int = 2
+    depth: int = 10
     skip: int = 0
     margin: float | None = None
     pooling: Literal["pairs", "split"] = "pairs"
     alpha: float = 1.0
     temperature: float = 0.05
     lr: float = 1e-4
-    adore_share: float = 0.5
-    adore_lr: float = 1e-4
+    adore_share: float = 0.25
+    adore_lr: float = 5e-5
     adore_top_k: int = 200
     refresh: int = 50
     sampler: Literal["uniform", "rs2", "infobatch", "seta"] = "uniform"
@@ -179,7 +179,7 @@ class BiEncoder(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = AdamW(self.parameters(), self.lr, weight_decay=0.01, fused=True)
+        optimizer = AdamW(self.parameters(), self.lr, weight_decay=0.01)
         warmup = max(1, self.steps // 10)
 
         def rate(step: int) -> float:
