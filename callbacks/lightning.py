@@ -9,10 +9,9 @@ from typing import Any
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, RandomSampler
 from typing_extensions import override
 
+from samplewise.callbacks.guards import batch_size_of, check_validation, combined_loader, planned_loader
 from samplewise.loaders import PlannedSampler, ids_of
 
 VERSION = 1
@@ -125,8 +124,8 @@ class SamplingCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _planned_loader(trainer, self.sampler)
-        _check_validation(trainer, self.sampler)
+        planned_loader(trainer, self.sampler)
+        check_validation(trainer, self.sampler)
         fit: Any = trainer.fit_loop
         epoch = fit.epoch_progress.current.processed
         if not self._restored and (epoch != self.sampler.epoch or fit.epoch_loop.restarting):
@@ -154,9 +153,9 @@ class SamplingCallback(Callback):
             self._figures["plan_seconds"] = self.sampler.plan_seconds
 
     def _settle(self, trainer: Trainer) -> None:
-        index = _planned_loader(trainer, self.sampler)
+        index = planned_loader(trainer, self.sampler)
         batches = _refresh_lengths(trainer, index)
-        self._batch_size = _batch_size(_combined(trainer).flattened[index])
+        self._batch_size = batch_size_of(combined_loader(trainer).flattened[index])
         if self._batch_size is not None:
             self.sampler.epoch_samples = batches * self._batch_size * self.sampler.num_replicas
 
@@ -207,7 +206,7 @@ class SamplingCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_validation(trainer, self.sampler)
+        check_validation(trainer, self.sampler)
         self._pause(trainer, pl_module)
 
     def _pause(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,75 +265,12 @@ def _check_trainer(trainer: Any, sampler: PlannedSampler) -> None:
         )
 
 
-def _has_sampler(loader: Any, sampler: PlannedSampler) -> bool:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    return sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-
-
-def _planned_loader(trainer: Any, sampler: PlannedSampler) -> int:
-    """Which of the training loaders has the sampler."""
-    loaders = _combined(trainer).flattened
-    found = [index for index, loader in enumerate(loaders) if _has_sampler(loader, sampler)]
-    if len(found) > 1:
-        raise RuntimeError(
-            f"SamplingCallback: {len(found)} training loaders have the same sampler; one run takes one planned loader."
-        )
-    if not found:
-        raise RuntimeError(f"SamplingCallback: the training loader has another sampler: {_found_instead(loaders)}")
-    dataset: Any = getattr(loaders[found[0]], "dataset", None)
-    if hasattr(dataset, "__len__") and len(dataset) != sampler.size:
-        raise ValueError(
-            f"SamplingCallback: the sampler plans for {sampler.size} samples, the training loader's data set has "
-            f"{len(dataset)}; make the sampler with size=len(dataset)."
-        )
-    return found[0]
-
-
-def _found_instead(loaders: list[Any]) -> str:
-    for loader in loaders:
-        own, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-        if batch_sampler is not None and type(batch_sampler) is not BatchSampler:
-            return (
-                f"it has a batch_sampler of its own, {type(batch_sampler).__name__}, which Lightning rebuilds around a "
-                f"DistributedSampler when there are several ranks. Pass DataLoader(..., batch_size=..., "
-                f"sampler=sampler)."
-            )
-        if isinstance(own, PlannedSampler):
-            return (
-                f"it has another {type(own).__name__} object. Make the sampler once, outside train_dataloader(), and "
-                f"pass the same one to the DataLoader and to SamplingCallback."
-            )
-        if isinstance(own, RandomSampler):
-            return "it has a RandomSampler. Pass DataLoader(..., sampler=sampler) instead of shuffle=True."
-    names = ", ".join(type(getattr(loader, "sampler", loader)).__name__ for loader in loaders)
-    return f"it has {names}. Pass DataLoader(..., batch_size=..., sampler=sampler), and no batch_sampler."
-
-
-def _check_validation(trainer: Any, sampler: PlannedSampler) -> None:
-    loaders = trainer.val_dataloaders
-    if loaders is not None and any(_has_sampler(loader, sampler) for loader in CombinedLoader(loaders).flattened):
-        raise RuntimeError(
-            "SamplingCallback: a validation loader has the training sampler; give it none: DataLoader(val_set)."
-        )
-
-
 # --- lengths ----------------------------------------------------------------------------------------------------------
-
-
-def _combined(trainer: Any) -> CombinedLoader:
-    combined: CombinedLoader = trainer.fit_loop._combined_loader
-    return combined
-
-
-def _batch_size(loader: Any) -> int | None:
-    """Samples a batch, None where a batch sampler decides from batch to batch."""
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
 
 
 def _refresh_lengths(trainer: Any, index: int) -> int:
     """Tell the trainer how long this epoch is: the plan's batches, within ``limit_train_batches``."""
-    combined, limit = _combined(trainer), trainer.limit_train_batches
+    combined, limit = combined_loader(trainer), trainer.limit_train_batches
     length = len(combined.flattened[index])
     batches = min(length, limit) if isinstance(limit, int) else max(1, int(length * limit))
     assert combined.limits is not None
@@ -390,8 +326,8 @@ def _align(trainer: Any, sampler: PlannedSampler) -> None:
 
 
 def _check_batches_done(trainer: Any, sampler: PlannedSampler) -> None:
-    loader = _combined(trainer).flattened[_planned_loader(trainer, sampler)]
-    size, done = _batch_size(loader), trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    loader = combined_loader(trainer).flattened[planned_loader(trainer, sampler)]
+    size, done = batch_size_of(loader), trainer.fit_loop.epoch_loop.batch_progress.current.processed
     if size is not None and done * size * sampler.num_replicas != sampler.consumed:
         raise RuntimeError(
             f"SamplingCallback: the checkpoint was saved after {done} batches and {sampler.consumed} samples of epoch "

@@ -21,7 +21,7 @@ VERSION = 1
 class RefreshHardNegatives(Callback):
     """Mines a data set's hard negatives anew, every n epochs or every n optimizer steps.
 
-    Where the table is empty, it is filled before the training starts. By epochs, an epoch's negatives are mined at its
+    By epochs, an epoch's negatives are mined at its
     start, before any of its batches is fetched. By steps, batches that workers have fetched already keep their
     negatives; the next ones have the new. The model is in evaluation mode while it encodes, under the trainer's
     precision; the modules' modes are restored.
@@ -40,6 +40,7 @@ class RefreshHardNegatives(Callback):
         encode_documents: the same for documents; None: by ``encode_queries``.
         every_n_epochs: epochs between two minings; or else
         every_n_steps: optimizer steps between two minings.
+        at_start: mine before the first epoch too, whatever the table holds; False: begin with what it holds.
         top_k: K, negatives kept for each query.
         batch_size: queries or documents encoded at a time.
         **mining: more options of :func:`~samplewise.plugins.mine_hard_negatives`.
@@ -67,6 +68,7 @@ class RefreshHardNegatives(Callback):
         *,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
+        at_start: bool = True,
         top_k: int = 200,
         batch_size: int = 256,
         **mining: Unpack[MiningOptions],
@@ -91,12 +93,14 @@ class RefreshHardNegatives(Callback):
         self.history: list[dict[str, float]] = []
         self._mined_epoch, self._mined_step = 0, 0  # the last ones for which negatives were mined
         self._step = 0
+        self.at_start = at_start
         self._epoch, self._epoch_over = 0, False
-        self._restored: int | None = None  # the version that a checkpoint names
+        self._fresh = True
+        self._restored: tuple[int, str] | None = None  # number and token of the version that a checkpoint names
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restored, self._mined_epoch, self._mined_step = None, 0, 0  # a checkpoint's state comes after this
+        self._restored, self._fresh, self._mined_epoch = None, True, 0  # a checkpoint's state comes after this
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,12 +112,13 @@ class RefreshHardNegatives(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The negatives of the first batches; the loader is iterated before any epoch's start."""
-        if self._restored is None:
-            self._step = trainer.global_step
-        else:
+        if self._restored is not None:
             self._restore(trainer, pl_module)
-        if not self.table.version:
-            self._refresh(trainer, pl_module)
+        elif self._fresh:
+            self._step = self._mined_step = trainer.global_step
+            if self.at_start or not self.table.version:
+                self._refresh(trainer, pl_module)
+        self._fresh = False
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         version, self._restored = self._restored, None
@@ -121,7 +126,7 @@ class RefreshHardNegatives(Callback):
         gone = ""
         if rank() == 0:
             try:
-                self.table.restore(version)
+                self.table.restore(version[0], token=version[1])
             except ValueError as error:
                 gone = str(error)
         gone = _from_first_rank(gone)
@@ -151,7 +156,7 @@ class RefreshHardNegatives(Callback):
         self._epoch_over = trainer.is_last_batch
         self._step = step = trainer.global_step
         every = self.every_n_steps
-        if every is not None and step % every == 0 and step != self._mined_step and not _is_over(trainer):
+        if every is not None and step // every != self._mined_step // every and not _is_over(trainer):
             self._refresh(trainer, pl_module)
 
     def _refresh(self, trainer: Trainer, pl_module: LightningModule, epoch: int | None = None) -> None:
@@ -171,9 +176,10 @@ class RefreshHardNegatives(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        table = self.table.snapshot() if self.table.version else None
         return {
             "version": VERSION,
-            "table": self.table.version,
+            "table": [table.number, table.token] if table else None,
             "epoch": self._epoch,
             "epoch_over": self._epoch_over,
             "mined_epoch": self._mined_epoch,
@@ -189,7 +195,7 @@ class RefreshHardNegatives(Callback):
                 f"RefreshHardNegatives state: version {state_dict.get('version')} was saved, this release reads "
                 f"{VERSION}."
             )
-        self._restored = state_dict["table"]
+        self._restored = (0, "") if state_dict["table"] is None else tuple(state_dict["table"])
         self._epoch, self._epoch_over = state_dict["epoch"], state_dict["epoch_over"]
         self._mined_epoch, self._mined_step = state_dict["mined_epoch"], state_dict["mined_step"]
         self._step = state_dict["step"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,8 @@ class DistinctBatches:
         self.batch_size = integer("DistinctBatches", "batch_size", batch_size, 1, what="that of the loader")
         self.names, numbers = np.unique(rows.values, return_inverse=True)
         self.keys = _without_repeats(Ragged(numbers.astype(np.int64, copy=False), rows.offsets))
+        digest = crc32(self.keys.offsets.tobytes(), crc32(self.keys.values.tobytes()))
+        self.fingerprint = f"batch_size={self.batch_size}, keys {digest:08x}"  # a state of another order is refused
 
     def __repr__(self) -> str:
         return f"DistinctBatches({len(self.keys)} samples, batch_size={self.batch_size})"

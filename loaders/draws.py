@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.hashing import hash64
@@ -87,9 +89,9 @@ class RandomNegatives:
         self._before = Ragged(ascending - np.arange(len(numbers)) + positives.offsets[numbers], positives.offsets)
 
     def draw(self, rows: IntArray, lots: Lots) -> IntArray:
-        """Rows of the documents for the queries ``rows`` (B,), from lots (B, 2 count): int64 (B, count)."""
+        """Rows of the documents for the queries ``rows`` (B,), from lots (B, 4 count): int64 (B, count)."""
         before = self._before.take(rows)  # of each positive, ascending: how many documents before it are none
-        drawn = distinct(lots, self._documents - before.lengths)
+        drawn = distinct(lots[:, : lots.shape[1] // 2], self._documents - before.lengths)
         passed: IntArray = (before.padded(self._documents)[:, None, :] <= drawn[:, :, None]).sum(axis=2)
         return drawn + passed
 
@@ -136,14 +138,15 @@ class MinedNegatives:
         return {**self.__dict__, "_checked": None}  # a copied memmap would be an array in memory
 
     def draw(self, rows: IntArray, lots: Lots) -> IntArray:
-        """Rows of the documents for the queries ``rows`` (B,), from lots (B, 2 count): int64 (B, count)."""
+        """Rows of the documents for the queries ``rows`` (B,), from lots (B, 4 count): int64 (B, count)."""
+        lots, more = np.split(lots, 2, axis=1)
         mined = self._rows()
         depth = self._depth or mined.shape[1]
         drawn: IntArray = mined[rows[:, None], distinct(lots, np.full(len(rows), depth))].astype(np.int64)
         if self._count > 1:
             ascending = np.sort(drawn, axis=1)
             for i in np.flatnonzero((ascending[:, 1:] == ascending[:, :-1]).any(axis=1)).tolist():
-                drawn[i] = self._from_different(np.unique(mined[rows[i], :depth]), int(rows[i]), lots[i : i + 1])
+                drawn[i] = self._from_different(np.unique(mined[rows[i], :depth]), int(rows[i]), more[i : i + 1])
         outside = self._outside(drawn)
         if outside.any():
             i = int(outside.argmax())
@@ -154,7 +157,7 @@ class MinedNegatives:
         return drawn
 
     def _from_different(self, documents: NDArray[Any], query: int, lots: Lots) -> IntArray:
-        """A draw that met one document twice is made once more, from the different ones of the row."""
+        """A draw that met one document twice is made once more, with lots of its own, from the row's different ones."""
         if len(documents) < self._count:
             raise ValueError(
                 f"{self._owner}(count={self._count}): the negatives of query {query} are {len(documents)} different "
@@ -195,8 +198,10 @@ class MinedNegatives:
 
     def _checked_array(self, negatives: Any) -> NDArray[Any]:
         where = f"{self._owner}(negatives=...)"
+        if isinstance(negatives, (str, os.PathLike)):
+            raise TypeError(f"{where}: a path is no table; give Table({os.fspath(negatives)!r}).")
         try:
-            array = np.asarray(negatives)
+            array = np.asarray(negatives.detach().cpu() if isinstance(negatives, Tensor) else negatives)
         except ValueError as error:
             raise ValueError(f"{where}: rows must be equally long, (Q, K); pad short ones: {error}.") from error
         self._check_shape(where, array)

@@ -173,7 +173,7 @@ class RetrievalDataset(Dataset[dict[str, Any]]):
         rows = np.asarray(indices, dtype=np.int64)
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"{type(self).__name__}: queries are rows in [0, {len(self)}), not {rows.tolist()!r:.80}.")
-        lots = lots_of(rows, 1 + 2 * self.count, self.seed, self.shared_epoch.value)
+        lots = lots_of(rows, 1 + 4 * self.count, self.seed, self.shared_epoch.value)
         positives = self.positives.take(rows)
         positive_ids = positives.values[positives.offsets[:-1] + scaled(lots[:, 0], positives.lengths)]
         negative_ids = self._source.draw(rows, lots[:, 1:])
@@ -182,8 +182,8 @@ class RetrievalDataset(Dataset[dict[str, Any]]):
     def _items(
         self, rows: IntArray, positives: Ragged, positive_ids: IntArray, negative_ids: IntArray
     ) -> list[dict[str, Any]]:
-        queries = _fetched(self.queries, rows, "queries")
-        documents = _fetched(self.documents, np.concatenate([positive_ids, negative_ids.ravel()]), "documents")
+        queries = fetched(self.queries, rows, "queries")
+        documents = fetched(self.documents, np.concatenate([positive_ids, negative_ids.ravel()]), "documents")
         count, begins = self.count, positives.offsets.tolist()
         return [
             {
@@ -199,6 +199,11 @@ class RetrievalDataset(Dataset[dict[str, Any]]):
 
 
 def _checked_items(owner: str, name: str, items: Any) -> Any:
+    if hasattr(items, "iloc"):
+        raise TypeError(
+            f"{owner}({name}={type(items).__name__}): rows of pandas are found by label, not by number; give "
+            f"{name}.tolist() of one column, or {name}.to_dict('records')."
+        )
     if isinstance(items, (str, bytes, Mapping)) or not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
         raise TypeError(
             f"{owner}({name}={type(items).__name__}): {name} must have len() and [row], like a list, a tensor, an HF "
@@ -220,7 +225,7 @@ def _epoch_of(owner: str, sampler: PlannedSampler, queries: int) -> SharedEpoch:
     return sampler.shared_epoch
 
 
-def _fetched(items: Any, rows: IntArray, name: str) -> list[Any]:
+def fetched(items: Any, rows: IntArray, name: str) -> list[Any]:
     """The items at ``rows``, by one access where that is possible."""
     if isinstance(items, (np.ndarray, Tensor)):
         return list(items[rows])

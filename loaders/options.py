@@ -72,5 +72,8 @@ def check_arrange(owner: str, arrange: Any, shuffle: bool) -> Arrange | None:
 
 
 def arrange_name(arrange: Arrange | None) -> str | None:
-    """What a saved sampler notes of it: the name of the class, or of the function."""
-    return None if arrange is None else getattr(arrange, "__qualname__", type(arrange).__qualname__)
+    """What a saved sampler notes of it: the name of the class or function, and its ``fingerprint`` if it has one."""
+    if arrange is None:
+        return None
+    name = getattr(arrange, "__qualname__", type(arrange).__qualname__)
+    return f"{name}({getattr(arrange, 'fingerprint', '')})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class Ragged:
         """
         if isinstance(rows, Ragged):
             return rows
+        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+            raise TypeError(f"{name}: a list of lists of integers is needed, not {type(rows).__name__}.")
         if isinstance(rows, np.ndarray) and rows.dtype.kind in "iu" and rows.ndim in (1, 2):
             width = 1 if rows.ndim == 1 else rows.shape[1]
             return cls(rows.astype(np.int64).ravel(), np.arange(len(rows) + 1, dtype=np.int64) * width)
@@ -78,8 +80,8 @@ class Ragged:
         return out
 
 
-def _row(row: Iterable[int] | int, number: int, name: str) -> NDArray[np.int64]:
-    values = np.atleast_1d(np.asarray(row if isinstance(row, (int, np.ndarray)) else list(row)))
+def _row(row: Any, number: int, name: str) -> NDArray[np.int64]:
+    values = np.atleast_1d(np.asarray(sorted(row) if isinstance(row, (set, frozenset)) else row))
     if values.size == 0:
         return np.empty(0, dtype=np.int64)
     if values.dtype.kind not in "iu" or values.ndim != 1:

@@ -39,11 +39,13 @@ class Version:
     Attributes:
         number: 1, 2, 3, ...
         arrays: memory-mapped, read-only, by name.
+        token: what no other version of any table has.
         meta: what the writer noted.
         fingerprint: the data that it belongs to, "" where the writer named none.
     """
 
     number: int
+    token: str
     arrays: Mapping[str, Array]
     meta: dict[str, Any]
     fingerprint: str
@@ -106,7 +108,9 @@ class Table:
         """
         latest = self._latest()
         if latest is None:
-            raise RuntimeError(f"{self!r}: nothing has been written yet; write a version first, with writing(...).")
+            raise RuntimeError(
+                f"{self!r}: nothing has been written yet, or the folder is gone; write a version with writing()."
+            )
         return latest
 
     def __getitem__(self, name: str) -> Array:
@@ -138,7 +142,7 @@ class Table:
         try:
             about = json.loads((self.path / folder / _ABOUT).read_text(encoding="utf-8"))
             arrays = {name: np.load(self.path / folder / f"{name}.npy", mmap_mode="r") for name in about["arrays"]}
-            version = Version(number, arrays, about["meta"], about["fingerprint"])
+            version = Version(number, folder.rpartition("-")[2], arrays, about["meta"], about["fingerprint"])
         except (ValueError, KeyError, TypeError, EOFError) as error:
             raise self._damaged(f"version {number} cannot be read: {error}") from error
         if self.fingerprint and version.fingerprint not in ("", self.fingerprint):
@@ -217,14 +221,21 @@ class Table:
             listed = self._listed_now()
             number = listed[-1][0] + 1 if listed else 1
             about = {"arrays": list(maps), "fingerprint": self.fingerprint, "meta": meta}
-            (folder / _ABOUT).write_text(self._as_json(about), encoding="utf-8")
-            folder.rename(self.path / f"version-{number}-{token}")
+            try:
+                _write_surely(folder / _ABOUT, self._as_json(about))
+                folder.rename(self.path / f"version-{number}-{token}")
+            except FileNotFoundError as error:
+                raise RuntimeError(f"{self!r}: another writer has removed this version; only one may write.") from error
             self._publish([*listed, (number, f"version-{number}-{token}")][-self.keep :])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def restore(self, number: int) -> None:
+    def restore(self, number: int, *, token: str = "") -> None:
         """Make an older version current again and delete the later ones; as for :meth:`writing`, in one process only.
+
+        Args:
+            number: of the version.
+            token: its token, so that a version of that number from another run is not taken for it.
 
         Raises:
             ValueError: the version is not there (any more).
@@ -232,7 +243,7 @@ class Table:
         number = integer("Table.restore", "number", number, 1)
         listed = self._listed_now()
         kept = [entry for entry in listed if entry[0] <= number]
-        if not kept or kept[-1][0] != number:
+        if not kept or kept[-1][0] != number or not kept[-1][1].endswith(token):
             there = ", ".join(str(entry[0]) for entry in listed) or "none"
             raise ValueError(
                 f"{self!r}.restore({number}): versions that are there: {there}; Table(keep={self.keep}) keeps that "
@@ -250,10 +261,7 @@ class Table:
     def _publish(self, listed: list[tuple[int, str]]) -> None:
         """Replace the pointer, then delete what it does not list."""
         temporary = self.path / f"current-{uuid4().hex}"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "versions": listed}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_surely(temporary, json.dumps({"format": FORMAT, "versions": listed}))
         now = time.time_ns()
         if os.path.exists(self._pointer):  # readers tell pointers by their time, and clocks may tick slowly
             now = max(now, os.stat(self._pointer).st_mtime_ns + 1000)
@@ -279,6 +287,14 @@ class Table:
                 raise ValueError(f"{self!r}.writing(arrays={{{name!r}: ...}}): a name must be an identifier.")
             if np.dtype(dtype).hasobject:
                 raise TypeError(f"{self!r}.writing: array {name!r} holds Python objects; give a dtype of fixed size.")
+
+
+def _write_surely(path: Path, text: str) -> None:
+    """Write a file that is on the disk, not only on its way there, when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -67,7 +67,7 @@ def fuse(lists: Sequence[tuple[Ids, Scores]], width: int) -> tuple[Ids, Scores]:
     return keep(ids, scores, first & (ids >= 0), width)
 
 
-def pad(ids: Ids, known: Ragged, documents: int, seed: int, first_query: int) -> None:
+def pad(ids: Ids, known: Ragged, documents: int, seed: int, queries: Ids) -> None:
     """Fill up short rows, in place, with random documents that are neither known nor in the row already.
 
     Where there are too few of those, all that are possible are repeated.
@@ -77,7 +77,7 @@ def pad(ids: Ids, known: Ragged, documents: int, seed: int, first_query: int) ->
         known: for each row, documents that must not be drawn.
         documents: D.
         seed: key of the draw, with the query's number.
-        first_query: number of the first query.
+        queries: int64 (q,), the numbers of the queries.
 
     Raises:
         ValueError: a row that is empty, of a query for which all documents are known.
@@ -86,11 +86,11 @@ def pad(ids: Ids, known: Ragged, documents: int, seed: int, first_query: int) ->
         have = ids[row][ids[row] >= 0]
         taken = np.concatenate([have, known[row]])
         missing = ids.shape[1] - len(have)
-        rng = generator(seed, first_query + row, "padding")
+        rng = generator(seed, int(queries[row]), "padding")
         drawn = rng.choice(documents, size=min(documents, missing + len(taken)), replace=False)
         drawn = drawn[~np.isin(drawn, taken)][:missing]
         if not len(drawn) + len(have):
-            raise ValueError(f"Query {first_query + row} has no negative: all {documents} documents are its positives.")
+            raise ValueError(f"Query {queries[row]} has no negative: all {documents} documents are its positives.")
         ids[row, len(have) :] = np.resize(drawn if len(drawn) == missing else np.concatenate([drawn, have]), missing)
 
 

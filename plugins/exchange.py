@@ -30,7 +30,8 @@ def write_run(
     Args:
         path: the file.
         ids: int (Q, k) document rows, best first, -1 for none.
-        scores: (Q, k), NaN for none; by default ``k - position``, so that readers, which sort by score, keep the order.
+        scores: (Q, k), NaN where an entry is to be left out (as where a table is filled up); by default ``k -
+            position``, so that readers, which sort by score, keep the order.
         query_names: Q names; by default the row numbers.
         document_names: the names of the documents; by default the row numbers.
         tag: the run's name.
@@ -47,13 +48,18 @@ def write_run(
             f"write_run: ids {ids.shape}, scores {values.shape} and {query_names and len(query_names)} query_names do "
             f"not fit; ids and scores must be (Q, k), and there must be Q names."
         )
+    if document_names is not None and ids.size and ids.max() >= len(document_names):
+        raise ValueError(
+            f"write_run: document {ids.max()} has no name; there are {len(document_names)} document_names."
+        )
     for name in (tag, *(query_names or ()), *(document_names or ())):
-        if not name or len(name.split()) != 1:
+        if len(str(name).split()) != 1:
             raise ValueError(f"write_run: {name!r} stands in a file of columns; it must be one word.")
     with open(path, "w", encoding="utf-8") as file:
         for row, (documents, line) in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
             query = row if query_names is None else query_names[row]
-            found = [(document, score) for document, score in zip(documents, line, strict=True) if document >= 0]
+            entries = zip(documents, line, strict=True)
+            found = [(document, score) for document, score in entries if document >= 0 and score == score]
             for place, (document, score) in enumerate(found, 1):
                 name = document if document_names is None else document_names[document]
                 file.write(f"{query} Q0 {name} {place} {score:.9g} {tag}\n")
@@ -78,13 +84,15 @@ def read_run(
     """
     queries, documents = _numbers(query_names), _numbers(document_names)
     lists: list[dict[int, float]] = [{} for _ in queries]
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 query, _, document, _, score, _ = line.split()
                 row, column, value = queries[query], documents[document], float(score)
+                if value != value:
+                    raise ValueError("NaN")
             except KeyError as error:
                 raise ValueError(f"{path}:{number}: {error} is no query or document of this collection.") from None
             except ValueError:
@@ -153,6 +161,11 @@ def to_columns(
     if negatives.ndim != 2 or len(negatives) != len(queries):
         raise ValueError(f"to_columns(negatives={negatives.shape}): there must be a row a query, ({len(queries)}, K).")
     count = integer("to_columns", "count", count, 1, negatives.shape[1])
+    if negatives.dtype.kind not in "iu" or not (negatives.min() >= 0 and negatives.max() < len(documents)):
+        raise ValueError(
+            f"to_columns(negatives={negatives.dtype}): negatives must be integers in [0, {len(documents)}), rows of "
+            f"the documents; fill up short rows."
+        )
     choice("to_columns", "form", form, "n-tuple", "triplet")
     rows, pairs = relevant.row_numbers(), relevant.values
     chosen = negatives[rows, :count]
@@ -180,6 +193,8 @@ def from_columns(columns: Mapping[str, Sequence[str]], *, seed: int = 0) -> Colu
     if len(names) < 3 or len({len(part) for part in texts}) != 1 or not texts[0]:
         sizes = ", ".join(f"{name} ({len(part)})" for name, part in zip(names, texts, strict=True))
         raise ValueError(f"from_columns: needs anchors, positives and negatives of one length; there are: {sizes}.")
+    if wrong := [name for name, part in zip(names, texts, strict=True) if not all(isinstance(t, str) for t in part)]:
+        raise ValueError(f"from_columns: column {wrong[0]!r} holds something else than texts; leave it out.")
     queries = {text: row for row, text in enumerate(dict.fromkeys(texts[0]))}
     documents = {text: row for row, text in enumerate(dict.fromkeys(text for part in texts[1:] for text in part))}
     positives: list[dict[int, None]] = [{} for _ in queries]
@@ -193,5 +208,5 @@ def from_columns(columns: Mapping[str, Sequence[str]], *, seed: int = 0) -> Colu
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row
     found = (ids >= 0).sum(1).astype(np.int32)
-    candidates.pad(ids, relevant, len(documents), seed, 0)
+    candidates.pad(ids, relevant, len(documents), seed, np.arange(len(ids)))
     return Columns(list(queries), list(documents), relevant, ids.astype(np.int32), found)

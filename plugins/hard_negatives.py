@@ -115,7 +115,8 @@ def mine_hard_negatives(
             order of the ranks. All else is equal on all ranks, and ``out`` is a folder that all of them see.
         out: where to: a table, a folder, or None for a temporary one that lives as long as the table.
         fingerprint: of the data set, see :func:`~samplewise.loaders.negatives.corpus_fingerprint`.
-        seed: key of the random documents that fill up short lists.
+        seed: key of the random documents that fill up short lists; such a document above the filters' highest
+            similarity is drawn again, a few times.
         device: where to compute; None: where ``query_emb`` lives.
         buffer_mb: most megabytes that the search takes beside the arguments and the result.
         progress: show a bar on a terminal (with tqdm installed).
@@ -123,8 +124,8 @@ def mine_hard_negatives(
     Returns:
         The table at its new version: ``negatives`` int32 (Q, K), hardest first; ``found`` int32 (Q,), how many of them
         were mined, the others being random; ``scores`` float32 (Q, K), their similarities, NaN where random;
-        ``positive_scores`` float32 (Q,), p. Its meta has ``padded`` (random entries), ``removed`` (share of a plain top
-        K that was kept out: known positives, exclusions, and what the filters stopped), ``margin`` (mean of p minus
+        ``positive_scores`` float32 (Q,), p. Its meta has ``padded`` (random entries), ``removed`` (share of a plain
+        top K that are positives, exclusions, or above the filters' highest similarity), ``margin`` (mean of p minus
         the hardest negative's similarity, None where none was found), ``seconds``, and the settings.
 
     Raises:
@@ -136,6 +137,11 @@ def mine_hard_negatives(
     owner = "mine_hard_negatives"
     choice(owner, "similarity", similarity, "dot", "cosine")
     documents, queries = _checked(owner, doc_emb, query_emb, sharded)
+    if search is not None and sharded and world_size() > 1:
+        raise ValueError(
+            f"{owner}(search=..., sharded=True): a retriever of one's own searches the whole corpus: mine on "
+            f"one rank, with sharded=False."
+        )
     first_id, total = _place(len(documents), sharded)
     what = f"the negatives kept for each query, at most the number of documents ({total}),"
     top_k = integer(owner, "top_k", top_k, 1, min(total, MOST_DOCUMENTS), what=what)
@@ -180,7 +186,11 @@ def _checked(owner: str, doc_emb: Embeddings, query_emb: Embeddings, sharded: bo
         documents, queries = check_embeddings(owner, doc_emb, query_emb)
         check_finite(documents, "doc_emb")
         check_finite(queries, "query_emb")
-    except ValueError as error:
+        if len(queries) == 0:
+            raise ValueError(f"{owner}(query_emb={tuple(queries.shape)}): there must be a query.")
+    except (TypeError, ValueError) as error:
+        if not sharded or world_size() == 1:
+            raise
         fault = str(error)
     if sharded and world_size() > 1:
         faults: list[str] = [""] * world_size()
@@ -234,6 +244,11 @@ def _number(owner: str, name: str, value: float | None, default: Any, low: float
 
 def _open(owner: str, out: Table | str | Path | None, fingerprint: str, sharded: bool) -> Table:
     if isinstance(out, Table):
+        if fingerprint and out.fingerprint not in ("", fingerprint):
+            raise ValueError(
+                f"{owner}(fingerprint={fingerprint!r}): the table has {out.fingerprint!r}; give one of the two."
+            )
+        out.fingerprint = fingerprint or out.fingerprint
         return out
     if out is not None:
         return Table(out, fingerprint=fingerprint)

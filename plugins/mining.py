@@ -21,6 +21,7 @@ from samplewise.plugins.search import QUERIES, Search, Similarity, pair_scores
 from samplewise.plugins.selection import Found
 
 INF = float("inf")
+_REDRAWS = 3  # of random filling that is above the ceiling
 
 
 @dataclass
@@ -105,14 +106,14 @@ class Mining:
         """From what was found to the table's rows."""
         known = self.known.take(np.arange(rows.start, rows.stop))
         ids, scores = self._lists(rows, found, known)
-        self._count(rows, ids, scores, found.above.cpu().numpy())
+        self._count(rows, ids, scores, found, known)
+        full = self._filled(ids, rows, known)
         if arrays is None:
             return
         arrays["found"][rows] = (ids >= 0).sum(1)
         arrays["scores"][rows] = scores
         arrays["positive_scores"][rows] = self.best[rows]
-        candidates.pad(ids, known, self.total, self.seed, rows.start)
-        arrays["negatives"][rows] = ids
+        arrays["negatives"][rows] = full
 
     def _lists(self, rows: slice, found: Found, known: Ragged) -> tuple[Ids, Scores]:
         """The range of ranks, then the floor, then the pools: (q, K) each."""
@@ -129,14 +130,35 @@ class Mining:
             lists.append(candidates.keep(ids, scores, wanted, self.top_k))
         return lists[0] if len(lists) == 1 else candidates.fuse(lists, self.top_k)
 
-    def _count(self, rows: slice, ids: Ids, scores: Scores, above: NDArray[np.int64]) -> None:
-        full = ids[:, -1] >= 0
-        worst = np.where(full, scores[:, -1], -np.inf)[:, None]
-        positives = self.positive_scores(rows).numpy()
-        inside = above + ((positives >= worst) & np.isfinite(positives)).sum(1)
+    def _filled(self, ids: Ids, rows: slice, known: Ragged) -> Ids:
+        """The lists with their short rows filled up; what is above the ceiling is drawn again, a few times."""
+        full: Ids = ids.copy()
+        numbers = np.arange(rows.start, rows.stop)
+        candidates.pad(full, known, self.total, self.seed, numbers)
+        if self.ceiling is None or not (ids < 0).any():
+            return full
+        ceiling = self.ceiling[rows, None].numpy()
+        for _ in range(_REDRAWS):
+            filling = np.where(ids < 0, full, -1)
+            above = self.similarities(filling, rows).numpy() > ceiling
+            offsets = np.concatenate(([0], np.cumsum(above.sum(1)))).astype(np.int64)
+            known = candidates.union(known, Ragged(filling[above], offsets))
+            above[known.lengths >= self.total] = False  # nothing else is left
+            full, _ = candidates.keep(full, np.zeros_like(full, dtype=np.float32), ~above, self.top_k)
+            candidates.pad(full, known, self.total, self.seed, numbers)
+        return full
+
+    def _count(self, rows: slice, ids: Ids, scores: Scores, found: Found, known: Ragged) -> None:
+        """What stands in the way of a plain top K: the known, and what is above the ceiling."""
+        plain = found.scores[:, : self.top_k].cpu().numpy()
+        before = np.arange(plain.shape[1]) + found.above.cpu().numpy()[:, None]
+        hidden = self.similarities(known.padded(), rows).numpy()
+        for column in range(hidden.shape[1]):
+            before += hidden[:, column : column + 1] > plain
+        inside = (np.isfinite(plain) & (before < self.top_k)).sum()
         hard = ids[:, 0] >= 0
         self.counts["padded"] += int((ids < 0).sum())
-        self.counts["removed"] += float(np.minimum(inside, self.top_k).sum())
+        self.counts["removed"] += float(len(ids) * min(self.top_k, self.total) - inside)
         self.counts["margin"] += float((self.best[rows].numpy() - scores[:, 0])[hard].sum(dtype=np.float64))
         self.counts["hard"] += int(hard.sum())
 

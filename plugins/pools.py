@@ -35,13 +35,17 @@ def bm25_candidates(
         progress: show bars on a terminal.
 
     Returns:
-        ids int64 (Q, k), highest score first, equal ones by id, -1 where a document has no word of the query; scores
-        float32 (Q, k), NaN there.
+        ids int64 (Q, k), highest score first, equal ones by id (which of equal ones come last into the list is left to
+        bm25s), -1 where a document has no word of the query; scores float32 (Q, k), NaN there.
     """
     bm25s = optional_import("bm25_candidates", "bm25s", "retrieval")
     k = integer("bm25_candidates", "k", k, 1, len(documents), what="at most the number of documents")
     shown = progress and sys.stderr.isatty()
+    if len(queries) == 0:
+        return np.empty((0, k), dtype=np.int64), np.empty((0, k), dtype=np.float32)
     words = [bm25s.tokenize(list(texts), stopwords=stopwords, show_progress=shown) for texts in (documents, queries)]
+    if not words[0].vocab:
+        raise ValueError("bm25_candidates(documents=...): there is no word in them but stopwords.")
     index = bm25s.BM25(backend="numpy")
     index.index(words[0], show_progress=shown)
     ids, scores = index.retrieve(words[1], k=k, show_progress=shown, backend_selection="numpy")

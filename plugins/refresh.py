@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.ranks import gather_rows, rank, world_size
-from samplewise.loaders.negatives import RetrievalDataset, corpus_fingerprint
+from samplewise.loaders.negatives import RetrievalDataset, corpus_fingerprint, fetched
 from samplewise.loaders.ragged import Ragged
 from samplewise.loaders.table import Table, Version
 from samplewise.plugins import candidates
@@ -68,11 +68,18 @@ def encode(
 def _batches(items: Any, batch_size: int) -> Iterator[tuple[Tensor, list[Any]]]:
     """Rows int64 (b,) and items of each batch, texts of like length together."""
     for low in range(0, len(items), _STRETCH * batch_size):
-        stretch = [items[row] for row in range(low, min(low + _STRETCH * batch_size, len(items)))]
-        order = sorted(range(len(stretch)), key=lambda row: len(stretch[row]) if isinstance(stretch[row], str) else 0)
+        stretch = fetched(items, np.arange(low, min(low + _STRETCH * batch_size, len(items))), "items")
+        order = sorted(range(len(stretch)), key=[_length(item) for item in stretch].__getitem__)
         for start in range(0, len(stretch), batch_size):
             rows = order[start : start + batch_size]
             yield low + torch.tensor(rows), [stretch[row] for row in rows]
+
+
+def _length(item: Any) -> int:
+    """Characters of a text, or of the texts in a dict."""
+    if isinstance(item, Mapping):
+        return sum(map(_length, item.values()))
+    return len(item) if isinstance(item, str) else 0
 
 
 def refresh_hard_negatives(
@@ -158,6 +165,8 @@ def _encode_share(items: Any, encoder: Encoder, batch_size: int, progress: bool,
     """This rank's share of the items, a stretch of them, encoded."""
     world = world_size()
     low, high = (len(items) * part // world for part in (rank(), rank() + 1))
+    if low == high:  # fewer items than ranks
+        return encode(_Stretch(items, 0, 1), encoder)[:0]
     return encode(
         items if world == 1 else _Stretch(items, low, high),
         encoder,
@@ -168,7 +177,7 @@ def _encode_share(items: Any, encoder: Encoder, batch_size: int, progress: bool,
 
 
 class _Stretch:
-    """Rows ``low`` to ``high`` of a sequence, without a copy."""
+    """Rows ``low`` to ``high`` of a sequence, without a copy; fetched a batch at a time."""
 
     def __init__(self, items: Any, low: int, high: int):
         self.items, self.low, self.high = items, low, high
@@ -178,3 +187,6 @@ class _Stretch:
 
     def __getitem__(self, row: int) -> Any:
         return self.items[self.low + row]
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        return fetched(self.items, self.low + np.asarray(rows), "items")

@@ -25,6 +25,7 @@ Search = Callable[[Tensor, int], tuple[Any, Any]]
 QUERIES = 512  # searched at a time
 _FIRST = 1024  # documents that are sorted outright; from there on the chunks grow
 _GROWTH = 4
+_BYTES = 96  # of a query's list while it is sorted, for each of its k documents
 _CHECKED = 1 << 16  # rows looked at a time
 
 
@@ -54,11 +55,12 @@ def search(
         ceiling: float32 (Q,), documents that score higher are left out and counted.
         first_id: the id of document 0, where ``doc_emb`` is a part of the corpus.
         device: where it is computed; None: where ``query_emb`` lives.
-        buffer_mb: most megabytes taken beside the arguments and the result.
+        buffer_mb: most megabytes taken beside the arguments and the result, >= 16; a list of k documents and the
+            products of one query must fit in.
         progress: show a bar on a terminal (with tqdm installed).
 
     Raises:
-        ValueError: shapes that do not fit, an empty corpus, embeddings that are not finite.
+        ValueError: shapes that do not fit, an empty corpus, a similarity that is NaN or infinite.
     """
     found = _allocate(len(query_emb), k)
     blocks = search_blocks(
@@ -89,13 +91,19 @@ def search_blocks(
     k = integer("search", "k", k, 1)
     choice("search", "similarity", similarity, "dot", "cosine")
     device = torch.device(device or queries.device)
-    many = min(QUERIES, len(queries))
-    most = _chunk_size(integer("search", "buffer_mb", buffer_mb, 16), many, documents.shape[1])
-    first = max(k, _FIRST * QUERIES // max(many, 1))  # the fewer queries, the fewer and larger the chunks
+    if exclude is not None:
+        exclude = Ragged.from_lists(exclude, "search(exclude)")
+    for name, rows_of in (("exclude", exclude), ("ceiling", ceiling)):
+        if rows_of is not None and len(rows_of) != len(queries):
+            raise ValueError(f"search({name}): {len(rows_of)} rows for {len(queries)} queries; give one a query.")
+    buffer = integer("search", "buffer_mb", buffer_mb, 16) << 20
+    many = max(1, min(QUERIES, len(queries), buffer // (_BYTES * k)))
+    most = _chunk_size(buffer, many, documents.shape[1])
+    first = max(k, min(most, _FIRST * QUERIES // many))  # the fewer queries, the fewer and larger the chunks
     bar = progress_bar("searching", len(queries), progress)
     memory = torch.empty(many * max(most, -(-first // BLOCK) * BLOCK), device=device)
-    for start in range(0, len(queries), QUERIES):
-        rows = slice(start, min(start + QUERIES, len(queries)))
+    for start in range(0, len(queries), many):
+        rows = slice(start, min(start + many, len(queries)))
         query = as_float32(queries[rows], device, similarity)
         best = Best(len(query), k, device)
         best.hide(exclude, rows, first_id)
@@ -221,9 +229,9 @@ def _allocate(count: int, k: int) -> Found:
     return Found(torch.empty(count, k), torch.empty(count, k, dtype=torch.int64), torch.empty(count, dtype=torch.int64))
 
 
-def _chunk_size(buffer_mb: int, queries: int, dimensions: int) -> int:
+def _chunk_size(buffer: int, queries: int, dimensions: int) -> int:
     """Documents at a time: two score matrices and three copies of the documents fit into the buffer."""
-    chunk = (buffer_mb << 20) // (4 * (2 * queries + 3 * dimensions))
+    chunk = buffer // (4 * (2 * queries + 3 * dimensions))
     return max(BLOCK, chunk // BLOCK * BLOCK)
 
 

@@ -42,8 +42,12 @@ from samplewise.recipes.retrieval_results import write_results
 from samplewise.recipes.retrieval_runs import Comparison
 
 Name = Literal[
-    "random", "in_batch", "in_batch_random", "static_hard", "star", "adore", "star_rs2", "star_refresh", "bm25_hard"
-]
+    "random", "in_batch", "in_batch_softmax", "static_hard", "star", "star_softmax", "adore",
+    "in_batch_random", "star_rs2", "star_refresh", "bm25_hard",
+]  # fmt: skip
+DEFAULT_ARMS: tuple[Name, ...] = (
+    "random", "in_batch", "in_batch_softmax", "static_hard", "star", "star_softmax", "adore",
+)  # fmt: skip
 
 
 @dataclass
@@ -54,9 +58,10 @@ class RetrievalOptions:
         data: icd10, or a folder with corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (the layout of BEIR)
         model: all-minilm-l6-v2, a folder that transformers reads, or a hub name
         documents: of icd10, so many codes: those with queries, then siblings of them; 0 takes all 46,881
-        arms: what is compared, and with the pretrained encoder as it is. Others are in_batch_random (random documents
-            beside the batch's: more of them, not harder ones), star_refresh (mined anew as it learns) and bm25_hard;
-            star_rs2 differs from star only where the steps are more than an epoch
+        arms: what is compared, and with the pretrained encoder as it is; the two of softmax have the loss of most
+            trainers in place of STAR's. Others are in_batch_random (random documents beside the batch's: more of them,
+            not harder ones), star_refresh (mined anew as it learns), bm25_hard, and star_rs2, which differs from star
+            only where the steps are more than an epoch
         steps: optimizer steps of each arm
         seeds: number of repeats; repeat s uses seed s for the order of the queries and for what is drawn
         batch_size: queries in a batch
@@ -86,7 +91,7 @@ class RetrievalOptions:
     data: str = "icd10"
     model: str = "all-minilm-l6-v2"
     documents: int = 10_000
-    arms: list[Name] = field(default_factory=lambda: ["random", "in_batch", "static_hard", "star", "adore", "star_rs2"])
+    arms: list[Name] = field(default_factory=lambda: list(DEFAULT_ARMS))
     steps: int = 80
     seeds: int = 3
     batch_size: int = 32
@@ -321,7 +326,7 @@ def refreshing(
         return vectors
 
     mining: dict[str, Any] = {"top_k": options.depth, "progress": False, **options.mining}
-    return [RefreshHardNegatives(data, encode, every_n_steps=options.refresh, **mining)]
+    return [RefreshHardNegatives(data, encode, every_n_steps=options.refresh, at_start=False, **mining)]
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samplewise.loaders import PlannedSampler
 from samplewise.loaders.arrange import DistinctBatches
+from samplewise.loaders.negatives import known_positives
 from samplewise.loaders.ragged import Ragged
 from samplewise.plugins import RS2, InfoBatch, SeTa, Uniform, candidates
 from samplewise.plugins.pools import bm25_candidates
@@ -29,6 +32,7 @@ class Arm:
             anew while the encoder learns.
         in_batch: whether the documents of the other queries are negatives too.
         adore: whether STAR is followed by training of the query encoder alone.
+        softmax: whether the loss is a softmax over the documents of the batch, not STAR's over pairs.
         rs2: whether the queries are chosen by RS2, whatever the sampler of the other arms.
         trained: False for the pretrained encoder as it is.
     """
@@ -38,6 +42,7 @@ class Arm:
     negatives: Literal["none", "random", "mined", "bm25", "refreshed"] = "none"
     in_batch: bool = True
     adore: bool = False
+    softmax: bool = False
     rs2: bool = False
     trained: bool = True
 
@@ -47,7 +52,7 @@ class Arm:
         return list(ARMS).index(self.name)
 
     def losses(self, queries: Tensor, documents: Tensor, batch: dict[str, Any], options: "RetrievalOptions") -> Tensor:
-        """STAR's loss, float32 `(B,)`, with this arm's negatives.
+        """The loss, float32 `(B,)`, with this arm's negatives.
 
         Args:
             queries: `(B, E)`.
@@ -55,6 +60,8 @@ class Arm:
             batch: of `CollateRetrieval`.
             options: of the recipe.
         """
+        if self.softmax:
+            return softmax_losses(queries, documents, batch, options.temperature)
         size, negatives = len(queries), batch["negative_ids"]
         return star_loss(
             queries,
@@ -83,8 +90,25 @@ ARMS = {
         Arm("star_rs2", "STAR, queries by RS2", "mined", rs2=True),
         Arm("star_refresh", "STAR, mined anew", "refreshed"),
         Arm("bm25_hard", "In-batch and BM25", "bm25"),
+        Arm("in_batch_softmax", "In-batch, softmax", softmax=True),
+        Arm("star_softmax", "In-batch and mined, softmax", "mined", softmax=True),
     )
 }
+
+
+def softmax_losses(queries: Tensor, documents: Tensor, batch: dict[str, Any], temperature: float) -> Tensor:
+    """Cross-entropy of each query's own document among all of the batch that are not relevant to it: float32 `(B,)`.
+
+    Arguments as for `Arm.losses`. It is what most trainers use: beside STAR's loss, in which all pairs weigh the same,
+    it looks at the hardest ones.
+    """
+    own, ids = batch["positive_ids"], torch.cat([batch["positive_ids"], batch["negative_ids"].flatten()])
+    masked = known_positives(torch.cat([own[:, None], batch["positives"]], dim=1), ids)
+    masked.fill_diagonal_(False)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = queries @ documents.T / temperature
+        target = torch.arange(len(queries), device=queries.device)
+        return F.cross_entropy(scores.masked_fill(masked, -torch.inf), target, reduction="none")
 
 
 def make_sampler(arm: Arm, positives: Ragged, steps: int, seed: int, options: "RetrievalOptions") -> PlannedSampler:
@@ -108,5 +132,5 @@ def bm25_negatives(collection: Collection, depth: int) -> np.ndarray:
     most = min(size, depth + int(train.positives.lengths.max()))
     ids, scores = bm25_candidates(collection.documents, train.texts, most, progress=False)
     ids, _ = candidates.keep(ids, scores, (ids >= 0) & ~candidates.is_in(ids, train.positives), depth)
-    candidates.pad(ids, train.positives, size, 0, 0)
+    candidates.pad(ids, train.positives, size, 0, np.arange(len(ids)))
     return ids

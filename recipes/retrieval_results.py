@@ -38,7 +38,7 @@ VERSION = 1
 DEPTH = 100
 """Documents that are ranked for each test query."""
 METRICS = {"ndcg_10": "nDCG@10", "mrr_10": "MRR@10", "recall_100": "Recall@100"}
-BASES = ("random", "in_batch")
+BASES = ("random", "in_batch", "in_batch_softmax")
 PARTS = ("training", "encoding", "mining", "testing")
 GROUPS = ((1, 1), (2, 3), (4, 10), (11, DEPTH), (DEPTH + 1, DEPTH + 1))
 SMOOTHED = 10
@@ -250,7 +250,7 @@ def write_results(
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     scores = [mean_sd(row, key, f"{key}_sd") for key in METRICS]
-    differences = [difference(row, f"ndcg_10_vs_{base}") for base in BASES]
+    differences = [difference(row, f"ndcg_10_vs_{base}") for base in BASES[:2]]  # the third is in the findings
     return [row["label"], *scores, *differences, *(f"{row[f'{part}_seconds']:.1f}" for part in PARTS[:3])]
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from samplewise import callbacks
 from samplewise.callbacks import SamplingCallback
 from samplewise.callbacks import lightning as module
-from samplewise.loaders import with_ids
+from samplewise.loaders import DistinctBatches, with_ids
 from support import Everything
 
 pytestmark = QUIET
@@ -149,3 +149,9 @@ def test_a_run_that_records_no_loss_is_warned_of():
 def test_other_epochs_than_the_methods_are_warned_of():
     with pytest.warns(UserWarning, match=r"Named\(epochs=5\), but Trainer\(max_epochs=1\)"):
         fit(Named(SIZE), max_epochs=1)
+
+
+def test_batches_of_another_size_than_arranged():
+    sampler = Everything(12, arrange=DistinctBatches(range(12), BATCH + 1))
+    with pytest.raises(ValueError, match=f"arranges batches of {BATCH + 1}, the training loader makes them of {BATCH}"):
+        fit(sampler, max_epochs=1)

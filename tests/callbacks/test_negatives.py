@@ -126,7 +126,25 @@ def test_a_second_run_of_the_same_callback_mines_as_the_first(tmp_path):
     run = Run(tmp_path)
     again = trainer(run.sampler, run.callback, max_epochs=3)
     again.fit(run.model, loader(run.data, run.sampler))
-    assert [row["step"] for row in run.callback.history[3:]] == [BATCHES, 2 * BATCHES]  # the table is not empty
+    assert [row["step"] for row in run.callback.history[3:]] == [0, BATCHES, 2 * BATCHES]
+
+
+def test_a_run_may_begin_with_what_the_table_holds(tmp_path):
+    first = Run(tmp_path, epochs=1)
+    again = Run(tmp_path, epochs=2, every_n_epochs=1, at_start=False)
+    assert [row["step"] for row in again.callback.history] == [BATCHES]
+    lists = version_of(first, 1)
+    for epoch, queries, negatives in again.model.seen:
+        if epoch == 0:
+            assert all(set(row) <= set(lists[query]) for query, row in zip(queries, negatives, strict=True))
+
+
+def test_a_version_of_another_run_is_mined_anew(tmp_path):
+    Run(tmp_path / "table", SaveEveryStep(tmp_path))
+    shutil.rmtree(tmp_path / "table")
+    Run(tmp_path / "table")
+    with pytest.warns(UserWarning, match="the checkpoint's negatives are mined anew"):
+        Run(tmp_path / "table", ckpt_path=tmp_path / "on_train_batch_end-008.ckpt")
 
 
 def test_what_is_logged(tmp_path):

@@ -298,9 +298,15 @@ def function(ids, rng, ranks):
 @pytest.mark.parametrize(
     ("saved_with", "loaded_with", "message"),
     [
-        (None, DistinctBatches(KEYS, BATCH), "saved with arrange=None, this one has 'DistinctBatches'"),
-        (DistinctBatches(KEYS, BATCH), None, "saved with arrange='DistinctBatches', this one has None"),
-        (function, DistinctBatches(KEYS, BATCH), "arrange='function'"),
+        (None, DistinctBatches(KEYS, BATCH), "saved with arrange=None, this one has 'DistinctBatches"),
+        (DistinctBatches(KEYS, BATCH), None, r"saved with arrange='DistinctBatches\(.*, this one has None"),
+        (function, DistinctBatches(KEYS, BATCH), r"arrange='function\(\)'"),
+        (
+            DistinctBatches(KEYS, BATCH),
+            DistinctBatches(KEYS, BATCH + 1),
+            f"this one has .*batch_size={BATCH + 1}, keys",
+        ),
+        (DistinctBatches(KEYS, BATCH), DistinctBatches([0, *KEYS[1:]], BATCH), "keys .*keys"),
     ],
 )
 def test_a_state_of_another_arrangement_is_refused(saved_with, loaded_with, message):

@@ -75,6 +75,17 @@ def test_padding_that_repeats_is_never_twice_in_an_item():
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+def test_documents_that_stand_equally_often_are_equally_likely_where_others_repeat():
+    queries = 40_000
+    row = [30, 30, 30, 30, 31, 32]
+    dataset = RetrievalDataset(range(queries), range(40), np.zeros(queries, int), np.tile(row, (queries, 1)), count=2)
+    ids = np.stack([item["negative_ids"] for item in dataset.__getitems__(range(queries))])
+    counts = np.bincount(ids.ravel(), minlength=40)[[31, 32]]
+    # equal means, and each count's standard deviation is below sqrt(queries) / 2
+    assert abs(counts[0] - counts[1]) < 4 * np.sqrt(queries)
+    assert (ids[:, 0] != ids[:, 1]).all()
+
+
 def test_a_table_that_is_written_later_and_anew(tmp_path):
     table = Table(tmp_path)
     dataset = make(table, count=2)
@@ -122,6 +133,7 @@ OUTSIDE[[2, 5], 3] = D, -1
         ({"negatives": mined()[:, :0]}, ValueError, r"must be \(12, K\)"),
         ({"negatives": mined().astype(float)}, TypeError, "must be integers, rows of the documents, not float64"),
         ({"negatives": [[1, 2], [3]] * 6}, ValueError, "rows must be equally long"),
+        ({"negatives": "some/folder"}, TypeError, r"a path is no table; give Table\('some/folder'\)"),
         ({"negatives": OUTSIDE}, ValueError, "those of queries 2, 5 hold others; pad short rows"),
         ({"sampler": [1, 2]}, TypeError, r"sampler=list\): a PlannedSampler"),
         ({"sampler": Everything(5)}, ValueError, "plans for 5 samples, but there are 12 queries"),

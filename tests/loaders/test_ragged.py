@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from samplewise.loaders import Ragged
 
@@ -36,6 +37,17 @@ def test_from_lists(rows, expected):
 def test_rows_that_are_no_integers(row):
     with pytest.raises(TypeError, match=r"mine\(positives\): row 1 must hold integers"):
         Ragged.from_lists([[1], row], "mine(positives)")
+
+
+@pytest.mark.parametrize("rows", [{0: [3], 1: [2]}, "12", 5, None])
+def test_what_has_no_rows(rows):
+    with pytest.raises(TypeError, match=r"mine\(positives\): a list of lists of integers is needed"):
+        Ragged.from_lists(rows, "mine(positives)")
+
+
+@pytest.mark.parametrize("rows", [[np.int64(3), {2, 1}], torch.tensor([[3], [1]]), [torch.tensor([3]), (1,)]])
+def test_rows_of_other_kinds(rows):
+    assert Ragged.from_lists(rows)[0].tolist() == [3]
 
 
 def test_take_and_padded():

@@ -3,8 +3,10 @@
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from samplewise.loaders import Ragged
+from samplewise.plugins import mine_hard_negatives
 from samplewise.plugins.exchange import from_columns, read_run, to_columns, write_run
 
 QUERIES = ["q0", "q1"]
@@ -29,6 +31,12 @@ def test_row_numbers_and_ranks_where_nothing_else_is_given(tmp_path):
     np.testing.assert_array_equal(scores, [[3, 2, np.nan], [3, 2, 1]])
 
 
+def test_random_filling_of_a_table_is_left_out(tmp_path):
+    table = mine_hard_negatives(torch.arange(4.0)[:, None], torch.ones(1, 1), [[3]], top_k=4, min_score=1.0)
+    write_run(tmp_path / "run", table["negatives"], table["scores"])
+    assert (tmp_path / "run").read_text().split("\n") == ["0 Q0 2 1 2 samplewise", "0 Q0 1 2 1 samplewise", ""]
+
+
 def test_queries_without_a_line_and_unsorted_files(tmp_path):
     (tmp_path / "run").write_text("q1 Q0 d0 1 1.0 t\n\nq1\tQ0\td3\t2\t5e0\tt\n")
     ids, scores = read_run(tmp_path / "run", query_names=QUERIES, document_names=DOCUMENTS)
@@ -43,6 +51,7 @@ def test_queries_without_a_line_and_unsorted_files(tmp_path):
         ("q0 Q0 d1 1 1.0 t\nq7 Q0 d1 1 1.0 t", "run:2: 'q7'"),
         ("q0 Q0 d1 1 1.0", "run:1: not `query Q0 document rank score tag`"),
         ("q0 Q0 d1 1 high t", "run:1: not `query"),
+        ("q0 Q0 d1 1 nan t", "run:1: not `query"),
         ("q0 Q0 d1 1 1.0 t\nq0 Q0 d1 2 0.5 t", "run:2: document d1 stands twice in the list of query q0"),
     ],
 )
@@ -53,7 +62,14 @@ def test_bad_run_files(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"scores": SCORES[:1]}, {"query_names": ["q0"]}, {"query_names": ["q 0", "q1"]}, {"tag": "two words"}]
+    "options",
+    [
+        {"document_names": ["d0"]},
+        {"scores": SCORES[:1]},
+        {"query_names": ["q0"]},
+        {"query_names": ["q 0", "q1"]},
+        {"tag": "two words"},
+    ],
 )
 def test_bad_arguments_of_write_run(tmp_path, options):
     with pytest.raises(ValueError, match="write_run"):
@@ -113,6 +129,11 @@ def test_bad_columns(columns):
         from_columns(columns)
 
 
+def test_columns_of_something_else():
+    with pytest.raises(ValueError, match="column 'label' holds something else than texts"):
+        from_columns({"a": ["x"], "b": ["y"], "label": [1]})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,6 +141,9 @@ def test_bad_columns(columns):
         ({"form": "pairs"}, "'n-tuple', 'triplet'"),
         ({"negatives": NEGATIVES[:1]}, r"\(2, K\)"),
         ({"positives": [[0], []]}, "to_columns"),
+        ({"negatives": np.array([[3, -1], [4, 0]])}, r"must be integers in \[0, 5\)"),
+        ({"negatives": np.array([[3, 5], [4, 0]])}, r"must be integers in \[0, 5\)"),
+        ({"negatives": np.ones((2, 2))}, r"negatives=float64\): negatives must be integers"),
     ],
 )
 def test_bad_arguments_of_to_columns(options, message):

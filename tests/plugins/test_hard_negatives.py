@@ -159,6 +159,29 @@ def test_known_false_negatives_are_counted():
     assert table.snapshot().meta["removed"] == 1.0  # 9, 8, 7 and the positive 6
 
 
+def test_what_was_removed_from_a_plain_top_is_counted():
+    documents, query = torch.arange(100.0)[:, None], torch.ones(1, 1)
+
+    def removed(positives, **options):
+        return mine_hard_negatives(documents, query, [positives], top_k=10, **options).snapshot().meta["removed"]
+
+    assert removed([0]) == 0.0
+    assert removed([0, 95, 89]) == 0.1
+    assert removed([0], exclude=[[99, 98, 97, 96, 95, 3]]) == 0.5
+    assert removed([0, 95], max_score=97.0) == pytest.approx(0.3)  # 99, 98 and 95
+    assert removed([0], ranks=(5, None)) == 0.0  # a choice, no guard
+    assert removed([99, *range(80, 95)], min_score=1000.0) == 0.6
+
+
+def test_filling_above_the_highest_similarity_is_drawn_again():
+    documents, query = torch.arange(1000.0)[:, None], torch.ones(200, 1)
+    table = mine_hard_negatives(documents, query, [[0]] * 200, top_k=20, max_score=500.0, min_score=495.0)
+    assert (table["found"] == 6).all()
+    above = (table["negatives"][:, 6:] > 500).mean()
+    assert above < 0.15  # 1/2, and half of that each of three times
+    assert len({*table["negatives"][0].tolist()}) == 20
+
+
 def test_pools_are_merged_by_reciprocal_rank():
     documents = torch.tensor([[9.0], [8.0], [7.0], [6.0], [5.0], [0.0]])
     pool = np.array([[4, 5, 0, -1]])  # 5 is the positive
@@ -203,7 +226,7 @@ def test_union():
 
 def test_pad_refuses_a_row_without_any_document():
     with pytest.raises(ValueError, match="Query 7 has no negative"):
-        pad(np.array([[-1, -1]]), Ragged.from_lists([[0, 1]]), 2, 0, 7)
+        pad(np.array([[-1, -1]]), Ragged.from_lists([[0, 1]]), 2, 0, np.array([7]))
 
 
 @pytest.mark.parametrize("case", ["plain", "all of them"])
@@ -263,8 +286,16 @@ def mine_damaged(rank, folder):
         mine_hard_negatives(documents, torch.ones(1, 2), [[0]], top_k=2, sharded=True, out=folder)
 
 
+def mine_with_a_retriever(rank, folder):
+    with pytest.raises(ValueError, match=r"search=\.\.\., sharded=True\): a retriever of one's own"):
+        mine_hard_negatives(
+            torch.ones(4, 2), torch.ones(1, 2), [[0]], top_k=2, sharded=True, out=folder, search=lambda q, k: None
+        )
+
+
 def test_what_is_wrong_on_one_rank_is_raised_on_all(tmp_path):
     run_ranks(2, mine_damaged, tmp_path / "t")
+    run_ranks(2, mine_with_a_retriever, tmp_path / "t")
 
 
 def test_versions_and_temporary_tables(tmp_path):
@@ -273,6 +304,8 @@ def test_versions_and_temporary_tables(tmp_path):
     assert mine_hard_negatives(documents, queries, positives, top_k=3, out=table) is table
     mine_hard_negatives(documents, queries, positives, top_k=5, out=tmp_path / "table", fingerprint="mine")
     assert (table.version, table["negatives"].shape) == (2, (QUERIES, 5))
+    with pytest.raises(ValueError, match=r"fingerprint='other'\): the table has 'mine'"):
+        mine_hard_negatives(documents, queries, positives, top_k=5, out=table, fingerprint="other")
     with pytest.raises(ValueError, match="fingerprint"):
         mine_hard_negatives(documents, queries, positives, top_k=5, out=tmp_path / "table", fingerprint="other")
     temporary = mine_hard_negatives(documents, queries, positives, top_k=3)
@@ -300,6 +333,7 @@ def wrong(**changes):
         ({"query_emb": torch.full((2, 2), torch.inf)}, "query_emb: row 0 holds NaN or infinity"),
         ({"top_k": 6}, r"at most the number of documents \(5\), and must be in \[1, 5\]"),
         ({"top_k": 0}, "top_k"),
+        ({"query_emb": torch.ones(0, 2), "positives": []}, "there must be a query"),
         ({"positives": [[0], [0, 1, 2, 3, 4]]}, "all 5 documents are positives of query 1"),
         ({"exclude": [[0, 1, 2, 3, 4], []]}, "all 5 documents are positives of query 0, or excluded"),
         ({"exclude": [[7], []]}, "document rows in"),

@@ -21,6 +21,12 @@ def test_bm25_ranks_by_words():
     assert (ids.dtype, scores.dtype) == (np.int64, np.float32)
 
 
+def test_bm25_without_words_or_queries():
+    assert bm25_candidates(TEXTS, [], 2)[0].shape == (0, 2)
+    with pytest.raises(ValueError, match="no word in them but stopwords"):
+        bm25_candidates(["the", "a"], ["fox"], 1, progress=False)
+
+
 def test_bm25_refuses_more_than_there_is():
     with pytest.raises(ValueError, match="at most the number of documents"):
         bm25_candidates(TEXTS, ["fox"], 6)

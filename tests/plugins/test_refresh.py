@@ -1,5 +1,6 @@
 """Encoding and mining again in a plain loop, on one and on two ranks."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_encode_keeps_the_order_of_the_items():
 def test_encode_takes_anything_with_rows():
     rows = torch.arange(12.0).view(6, 2)
     assert encode(rows, torch.stack, batch_size=4).tolist() == rows.tolist()
+
+
+def test_encode_sorts_dicts_by_their_texts_and_fetches_batches():
+    rows = datasets.Dataset.from_dict({"text": ["x" * (number * 7 % 50) for number in range(45)]})
+    seen = []
+
+    def lengths(items):
+        seen.extend(len(item["text"]) for item in items)
+        return torch.tensor([[float(len(item["text"]))] for item in items])
+
+    assert encode(rows, lengths, batch_size=10)[:, 0].tolist() == [len(text) for text in rows["text"]]
+    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize("given", [torch.ones(2), torch.ones(3, 2), [[1.0]] * 2])
@@ -106,7 +119,7 @@ def refresh_on(rank, folder):
 
 def test_two_ranks_mine_what_one_process_mines(tmp_path):
     alone = refresh_on(0, tmp_path / "alone")
-    for versions in run_ranks(2, refresh_on, tmp_path / "two"):
+    for versions in run_ranks(2, refresh_on, tmp_path / "two"):  # 23 queries: uneven shares
         for (lists, shared, version), (expected, expected_shared, number) in zip(versions, alone, strict=True):
             np.testing.assert_array_equal(lists, expected)
             assert shared == pytest.approx(expected_shared, nan_ok=True)

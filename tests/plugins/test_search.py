@@ -135,6 +135,16 @@ def test_pair_scores():
     ]
 
 
+@pytest.mark.parametrize(("queries", "k"), [(1, 5), (300, 5), (40, 30_000)])
+def test_the_buffer_bounds_what_is_allocated(monkeypatch, queries, k):
+    sizes = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **more: sizes.append(np.prod(shape)) or empty(*shape, **more))
+    documents = torch.zeros(60_000, 4)
+    list(module.search_blocks(documents, torch.zeros(queries, 4), k, buffer_mb=16))
+    assert max(sizes) * 4 < 16 << 20
+
+
 def test_selection_takes_whole_blocks():
     assert BLOCK == 64  # the chunks above are meant to end inside, at, and behind a block
     assert Found._fields == ("scores", "ids", "above")
@@ -147,6 +157,8 @@ def test_selection_takes_whole_blocks():
         (torch.ones(3, 4), torch.ones(2, 5), {}, "doc_emb has 4 dimensions and query_emb 5"),
         (torch.ones(3), torch.ones(2, 5), {}, "two dimensions"),
         (torch.ones(3, 4), torch.ones(2, 4), {"similarity": "l2"}, "must be one of 'dot', 'cosine'"),
+        (torch.ones(3, 4), torch.ones(2, 4), {"exclude": [[0]]}, r"search\(exclude\): 1 rows for 2 queries"),
+        (torch.ones(3, 4), torch.ones(2, 4), {"ceiling": torch.ones(3)}, r"search\(ceiling\): 3 rows for 2 queries"),
         (torch.ones(3, 4), torch.ones(2, 4), {"k": 0}, "k must be >= 1"),
         (torch.ones(3, 4), torch.ones(2, 4), {"buffer_mb": 1}, "buffer_mb must be >= 16"),
         (torch.full((3, 4), 3e38), torch.full((2, 4), 3e38), {}, "more than float32 can hold"),

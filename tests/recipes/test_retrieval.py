@@ -86,10 +86,10 @@ def test_time_is_counted_where_it_was_spent(finished):
     spent = {entry["arm"]: entry for entry in results["runs"] if entry["seed"] == 0}
     assert all(entry["testing_seconds"] > 0 for entry in spent.values())
     assert spent["zero_shot"]["training_seconds"] == 0 < spent["random"]["training_seconds"]
-    for arm in ("zero_shot", "random", "in_batch", "in_batch_random"):
+    for arm in ("zero_shot", "random", "in_batch", "in_batch_random", "in_batch_softmax"):
         assert spent[arm]["mining_seconds"] == spent[arm]["encoding_seconds"] == 0
     shared = results["mining"]["seconds"]
-    for arm in ("static_hard", "star", "star_rs2"):
+    for arm in ("static_hard", "star", "star_rs2", "star_softmax"):
         assert spent[arm]["mining_seconds"] == shared["mining"]
         assert spent[arm]["encoding_seconds"] == shared["encoding"]
     for arm in ("star_refresh", "adore"):
@@ -158,7 +158,7 @@ def test_examples_are_mined_negatives(finished, made):
 
 def test_ends_with_the_table_and_the_reports_path(made, tmp_path, capsys):
     threads = torch.get_num_threads()
-    run(small(made, tmp_path, arms=["in_batch"], seeds=1, steps=2))
+    run(small(made, tmp_path, arms=["in_batch"], seeds=1, steps=2, precision="bf16-mixed"))
     assert torch.get_num_threads() == threads
     lines = capsys.readouterr().out.splitlines()
     assert any("nDCG@10" in line and "Recall@100" in line for line in lines)
@@ -249,6 +249,27 @@ def test_what_chooses_the_queries(made):
             assert len(set(relevant.tolist())) == len(relevant)
     options.sampler = "uniform"
     assert make_sampler(ARMS["star_rs2"], positives, 11, 5, options).ratio == 0.3
+
+
+@pytest.mark.parametrize("name", ["star_softmax", "in_batch_softmax"])
+def test_softmax_losses(name):
+    """Three queries with two negatives each; document 7 is relevant to queries 0 and 1, 5 to query 2."""
+    rng = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(3, 4, generator=rng), torch.randn(9, 4, generator=rng)
+    positive_ids = torch.tensor([7, 3, 5])
+    negative_ids = torch.tensor([[1, 5], [7, 2], [4, 1]])
+    positives = torch.tensor([[7, -1], [3, 7], [5, -1]])
+    if name == "in_batch_softmax":
+        documents, negative_ids = documents[:3], negative_ids[:, :0]
+    batch = {"positive_ids": positive_ids, "negative_ids": negative_ids, "positives": positives}
+    ids = [7, 3, 5, *negative_ids.flatten().tolist()]
+    expected = []
+    for query, relevant in enumerate(({7}, {3, 7}, {5})):
+        scores = (documents.double() @ queries[query].double() / 0.5).tolist()
+        kept = [score for row, score in enumerate(scores) if row == query or ids[row] not in relevant]
+        expected.append(np.log(np.sum(np.exp(kept))) - scores[query])
+    losses = ARMS[name].losses(queries, documents, batch, RetrievalOptions(temperature=0.5))
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bm25_negatives(made):
