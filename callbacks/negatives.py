@@ -11,9 +11,9 @@ from typing_extensions import Unpack, override
 
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.ranks import rank, world_size
-from samplewise.loaders import RetrievalDataset, Table
+from samplewise.loaders import RetrievalDataset
 from samplewise.plugins.hard_negatives import MiningOptions
-from samplewise.plugins.refresh import Encoder, refresh_hard_negatives
+from samplewise.plugins.refresh import Encoder, check_refresh, refresh_hard_negatives
 
 VERSION = 1
 
@@ -35,15 +35,16 @@ class RefreshHardNegatives(Callback):
     :func:`~samplewise.plugins.refresh.refresh_hard_negatives`.
 
     Args:
-        dataset: the training data set (within ``with_ids``); its ``negatives`` are a table.
+        dataset: the training data set, before ``with_ids``; its ``negatives`` are a table.
         encode_queries: from a list of queries to embeddings (b, E), for example a method of the module.
         encode_documents: the same for documents; None: by ``encode_queries``.
         every_n_epochs: epochs between two minings; or else
         every_n_steps: optimizer steps between two minings.
         at_start: mine before the first epoch too, whatever the table holds; False: begin with what it holds.
-        top_k: K, negatives kept for each query.
+        top_k: K, negatives kept for each query; None: as many as the version before has, or else 200.
         batch_size: queries or documents encoded at a time.
-        **mining: more options of :func:`~samplewise.plugins.mine_hard_negatives`.
+        **mining: more options of :func:`~samplewise.plugins.mine_hard_negatives`; similarity and filters that are not
+            given are those of the version before.
 
     Attributes:
         history: what was logged, with the version and the step, one dict a mining.
@@ -55,7 +56,7 @@ class RefreshHardNegatives(Callback):
     Example::
 
         data = RetrievalDataset(queries, documents, positives, Table("negatives"), sampler=sampler)
-        collate = collate_with_ids(CollateRetrieval(tokenize))
+        collate = CollateRetrieval(tokenize)
         loader = DataLoader(with_ids(data), batch_size=64, sampler=sampler, collate_fn=collate)
         Trainer(callbacks=[SamplingCallback(sampler), RefreshHardNegatives(data, model.encode, every_n_epochs=1)])
     """
@@ -69,16 +70,12 @@ class RefreshHardNegatives(Callback):
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         at_start: bool = True,
-        top_k: int = 200,
+        top_k: int | None = None,
         batch_size: int = 256,
         **mining: Unpack[MiningOptions],
     ):
         owner = type(self).__name__
-        if not isinstance(dataset, RetrievalDataset) or not isinstance(dataset.negatives, Table):
-            raise TypeError(
-                f"{owner}(dataset={type(dataset).__name__}): a RetrievalDataset whose negatives are a Table is needed, "
-                f"the one inside with_ids()."
-            )
+        self.dataset, self.table = dataset, check_refresh(owner, dataset, top_k, mining)
         if (every_n_epochs is None) == (every_n_steps is None):
             raise ValueError(
                 f"{owner}(every_n_epochs={every_n_epochs}, every_n_steps={every_n_steps}): give one of the two."
@@ -87,7 +84,6 @@ class RefreshHardNegatives(Callback):
             None if value is None else integer(owner, name, value, 1)
             for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps))
         )
-        self.dataset, self.table = dataset, dataset.negatives
         self.encoders = (encode_queries, encode_documents)
         self.options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, **mining}
         self.history: list[dict[str, float]] = []

@@ -2,7 +2,7 @@
 
 from samplewise.loaders.arrange import DistinctBatches
 from samplewise.loaders.ids import SAMPLE_ID, collate_with_ids, ids_of, with_ids
-from samplewise.loaders.negatives import CollateRetrieval, RetrievalDataset, known_positives
+from samplewise.loaders.negatives import CollateRetrieval, RetrievalDataset, corpus_fingerprint, known_positives
 from samplewise.loaders.options import SamplerOptions
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.ragged import Ragged
@@ -20,6 +20,7 @@ __all__ = [
     "SamplerOptions",
     "Table",
     "collate_with_ids",
+    "corpus_fingerprint",
     "ids_of",
     "known_positives",
     "with_ids",

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from samplewise.cuda_ext.checks import integer
 from samplewise.loaders.draws import IntArray, MinedNegatives, RandomNegatives, lots_of, scaled, some
 from samplewise.loaders.epoch import SharedEpoch
+from samplewise.loaders.ids import SAMPLE_ID
 from samplewise.loaders.ragged import Ragged
 from samplewise.loaders.sampler import PlannedSampler
 from samplewise.loaders.table import Table
@@ -99,7 +100,7 @@ class RetrievalDataset(Dataset[dict[str, Any]]):
     ``count`` documents, all different, drawn uniformly from the first ``depth`` of row i of the table, or, without a
     table, from all documents that are no positives of the query; and their rows, ``positive_id`` (int),
     ``negative_ids`` (int64 (count,)) and ``positives`` (int64 (P_i,), all of them). Wrapped in ``with_ids`` it has
-    ``sample_id`` too. Batches are made by ``collate_fn=collate_with_ids(CollateRetrieval(tokenize))``.
+    ``sample_id`` too. Batches are made by ``collate_fn=CollateRetrieval(tokenize)``.
 
     A new version of the table is used from the next batch on that a worker fetches, in persistent workers too; all of
     a batch comes from one version.
@@ -245,6 +246,8 @@ def fetched(items: Any, rows: IntArray, name: str) -> list[Any]:
 class CollateRetrieval:
     """Collate function for the items of a :class:`RetrievalDataset`; a class, so that spawned workers can have it.
 
+    ``sample_id`` int64 (B,) is in the batch where the data set is wrapped in ``with_ids``.
+
     A batch is a dict: ``queries``, what ``tokenize`` makes of the B queries; ``documents``, of the B positives and
     then the B * count negatives, row by row; ``positive_ids`` int64 (B,), ``negative_ids`` int64 (B, count), and
     ``positives`` int64 (B, P), all positives of each query, filled up with -1, for :func:`known_positives`.
@@ -270,7 +273,9 @@ class CollateRetrieval:
         """Collate the items of one batch."""
         negatives = [document for item in items for document in item["negatives"]]
         positives = Ragged.from_lists([item["positives"] for item in items])
+        ids = {SAMPLE_ID: torch.tensor([item[SAMPLE_ID] for item in items])} if SAMPLE_ID in items[0] else {}
         return {
+            **ids,
             "queries": self.tokenize([item["query"] for item in items]),
             "documents": self.tokenize_documents([item["positive"] for item in items] + negatives),
             "positive_ids": torch.tensor([item["positive_id"] for item in items], dtype=torch.int64),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,9 +125,9 @@ def mine_hard_negatives(
     Returns:
         The table at its new version: ``negatives`` int32 (Q, K), hardest first; ``found`` int32 (Q,), how many of them
         were mined, the others being random; ``scores`` float32 (Q, K), their similarities, NaN where random;
-        ``positive_scores`` float32 (Q,), p. Its meta has ``padded`` (random entries), ``removed`` (share of a plain
-        top K that are positives, exclusions, or above the filters' highest similarity), ``margin`` (mean of p minus
-        the hardest negative's similarity, None where none was found), ``seconds``, and the settings.
+        ``positive_scores`` float32 (Q,), p. ``table.snapshot().meta`` has ``padded`` (random entries), ``removed``
+        (share of a plain top K that are positives, exclusions, or above the filters' highest similarity), ``margin``
+        (mean of p minus the hardest negative's similarity, None where none was found), ``seconds``, and the settings.
 
     Raises:
         TypeError: embeddings that are no floating-point arrays; ids that are no integers.
@@ -141,6 +142,10 @@ def mine_hard_negatives(
         raise ValueError(
             f"{owner}(search=..., sharded=True): a retriever of one's own searches the whole corpus: mine on "
             f"one rank, with sharded=False."
+        )
+    if getattr(search, "similarity", similarity) != similarity:
+        raise ValueError(
+            f"{owner}(similarity={similarity!r}): the retriever was made with another; give both the same."
         )
     first_id, total = _place(len(documents), sharded)
     what = f"the negatives kept for each query, at most the number of documents ({total}),"
@@ -176,6 +181,12 @@ def mine_hard_negatives(
         meta |= mining.figures() | {"seconds": perf_counter() - begin}
     if sharded and world_size() > 1:
         dist.barrier()
+    if 2 * meta["padded"] > len(queries) * top_k and rank() == 0:
+        warnings.warn(
+            f"{owner}: {meta['padded']:,} of {len(queries) * top_k:,} negatives are random, since so few documents "
+            f"pass the filters; loosen them or lower top_k.",
+            stacklevel=2,
+        )
     return table
 
 

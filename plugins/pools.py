@@ -87,4 +87,5 @@ def faiss_search(doc_emb: Embeddings, *, factory: str = "Flat", similarity: Simi
         scores, ids = index.search(query, k)
         return scores, ids
 
+    find.similarity = similarity  # type: ignore[attr-defined]  # compared with that of the mining
     return find

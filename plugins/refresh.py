@@ -32,8 +32,8 @@ def encode(
 ) -> Tensor:
     """The embeddings of all items: float32 (N, E) on the CPU, without gradients.
 
-    Within stretches of ``64 * batch_size``, texts go through the encoder sorted by length, so that a batch holds little
-    padding.
+    Put the model into evaluation mode first, or dropout is in the embeddings. Within stretches of ``64 * batch_size``,
+    texts go through the encoder sorted by length, so that a batch holds little padding.
 
     Args:
         items: N queries or documents; anything with a length and rows.
@@ -54,6 +54,7 @@ def encode(
     for rows, batch in _batches(items, batch_size):
         with torch.no_grad():
             part = encoder(batch)
+        part = torch.from_numpy(part) if isinstance(part, np.ndarray) else part
         if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(batch):
             shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
             raise ValueError(f"encode: the encoder gave {shape} for {len(batch)} items; it must give a tensor (b, E).")
@@ -87,7 +88,7 @@ def refresh_hard_negatives(
     encode_queries: Encoder,
     encode_documents: Encoder | None = None,
     *,
-    top_k: int = 200,
+    top_k: int | None = None,
     batch_size: int = 256,
     device: str | torch.device | None = None,
     **mining: Unpack[MiningOptions],
@@ -102,10 +103,11 @@ def refresh_hard_negatives(
             the data.
         encode_queries: from a list of queries to (b, E).
         encode_documents: the same for documents; None: by ``encode_queries``.
-        top_k: K, negatives kept for each query.
+        top_k: K, negatives kept for each query; None: as many as before, or else 200.
         batch_size: queries or documents encoded at a time.
         device: where the similarities are computed; None: on the CPU.
-        **mining: more options of :func:`~samplewise.plugins.mine_hard_negatives`.
+        **mining: more options of :func:`~samplewise.plugins.mine_hard_negatives`. Similarity, filters and seed that are
+            not given are those of the version before; ``exclude`` and ``pools`` have to be given each time.
 
     Returns:
         ``overlap``: share of the mined negatives that the version before had too (NaN for the first one); ``removed``:
@@ -114,16 +116,13 @@ def refresh_hard_negatives(
         ``encode_seconds`` and ``mine_seconds``, of this rank.
 
     Raises:
-        TypeError: the data set has no table.
+        TypeError: the data set has no table, or an option that there is not.
+        ValueError: fewer negatives than the data set draws from.
     """
-    table = dataset.negatives
-    if not isinstance(table, Table):
-        raise TypeError(
-            f"refresh_hard_negatives: the data set's negatives are {type(table).__name__}; give it a table: "
-            f"RetrievalDataset(queries, documents, positives, Table(folder))."
-        )
+    table = check_refresh("refresh_hard_negatives", dataset, top_k, mining)
     table.fingerprint = table.fingerprint or corpus_fingerprint(dataset.queries, dataset.documents)
     before = table.snapshot() if table.version else None
+    mining, top_k = _settled(mining, top_k, before, len(dataset.documents))
     begin = perf_counter()
     progress = mining.get("progress", True) and rank() == 0
     queries = gather_rows(_encode_share(dataset.queries, encode_queries, batch_size, progress, "queries"))[0]
@@ -143,6 +142,38 @@ def refresh_hard_negatives(
         "encode_seconds": encoded - begin,
         "mine_seconds": perf_counter() - encoded,
     }
+
+
+def check_refresh(owner: str, dataset: Any, top_k: int | None, mining: Mapping[str, Any]) -> Table:
+    """The data set's table.
+
+    Raises:
+        TypeError: no RetrievalDataset with a table, or an option that there is not.
+        ValueError: fewer negatives than the data set draws from.
+    """
+    if not isinstance(dataset, RetrievalDataset) or not isinstance(dataset.negatives, Table):
+        raise TypeError(
+            f"{owner}(dataset={type(dataset).__name__}): a RetrievalDataset whose negatives are a Table is needed, not "
+            f"wrapped in with_ids(): RetrievalDataset(queries, documents, positives, Table(folder))."
+        )
+    if unknown := sorted(set(mining) - set(MiningOptions.__annotations__)):
+        raise TypeError(f"{owner}({unknown[0]}=...): there are {', '.join(MiningOptions.__annotations__)}.")
+    if top_k is not None:
+        low, high = max(dataset.count, dataset.depth or 1), len(dataset.documents)
+        integer(owner, "top_k", top_k, low, high, what="at least what the data set draws from, at most all documents,")
+    return dataset.negatives
+
+
+def _settled(
+    mining: MiningOptions, top_k: int | None, before: Version | None, documents: int
+) -> tuple[MiningOptions, int]:
+    """The options with those of the version before where they are not given."""
+    if before is None or "filters" not in before.meta:
+        return mining, top_k or min(200, documents)
+    meta = before.meta
+    kept: Any = {key: value for key, value in meta["filters"].items() if key != "pools"}
+    kept |= {"similarity": meta["similarity"], "seed": meta["seed"], **mining}
+    return kept, top_k or int(meta["top_k"])
 
 
 def overlap(before: Version, after: Version) -> float:

@@ -78,7 +78,9 @@ def load_encoder(folder: Path, max_length: int) -> tuple[Encoder, Tokenizer]:
         ValueError: the folder holds no model that transformers can read.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of reading the weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         body = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

@@ -57,7 +57,8 @@ class RetrievalOptions:
     Args:
         data: icd10, or a folder with corpus.jsonl, queries.jsonl and qrels/{train,test}.tsv (the layout of BEIR)
         model: all-minilm-l6-v2, a folder that transformers reads, or a hub name
-        documents: of icd10, so many codes: those with queries, then siblings of them; 0 takes all 46,881
+        documents: of icd10, so many codes: the 6,805 with queries in any case, then siblings of them; 0 takes all
+            46,881
         arms: what is compared, and with the pretrained encoder as it is; the two of softmax have the loss of most
             trainers in place of STAR's. Others are in_batch_random (random documents beside the batch's: more of them,
             not harder ones), star_refresh (mined anew as it learns), bm25_hard, and star_rs2, which differs from star
@@ -162,7 +163,7 @@ class RetrievalOptions:
     @property
     def mining(self) -> dict[str, Any]:
         """The filters of every mining."""
-        return {"margin": self.margin, "ranks": (self.skip, None)}
+        return {"similarity": "cosine", "margin": self.margin, "ranks": (self.skip, None)}
 
 
 class BiEncoder(LightningModule):
@@ -220,7 +221,7 @@ def train(
     drawn: dict[str, Any] = {"count": count, "seed": sampler.seed, "sampler": sampler}  # samplewise
     data = RetrievalDataset(texts, documents, positives, negatives, **drawn)  # samplewise
     loading: dict[str, Any] = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
-    loading |= {"sampler": sampler, "collate_fn": collate_with_ids(CollateRetrieval(tokenizer))}  # samplewise
+    loading |= {"sampler": sampler, "collate_fn": CollateRetrieval(tokenizer)}  # samplewise
     loader = DataLoader(with_ids(data), options.batch_size, **loading)  # samplewise
     callbacks = list(callbacks)
     refresh = refreshing(arm, data, module, tokenizer, options)  # samplewise

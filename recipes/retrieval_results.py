@@ -335,7 +335,7 @@ def _losses(runs: Sequence[Run], arms: Sequence[Arm]) -> bytes:
         pieces = np.array_split(values, max(1, len(values) // SMOOTHED))
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
         curves.append(Line(arm.label, ends, [float(piece.mean()) for piece in pieces], arm.colour))
-    return lines(curves, x="optimizer steps", y="loss")
+    return lines(curves, x="optimizer steps", y="loss", epochs=True)
 
 
 def _time(rows: Sequence[Mapping[str, Any]]) -> bytes:

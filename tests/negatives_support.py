@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from samplewise.loaders import CollateRetrieval, RetrievalDataset, Table, collate_with_ids, with_ids
+from samplewise.loaders import CollateRetrieval, RetrievalDataset, Table, with_ids
 from samplewise.plugins import Uniform, star_loss
 
 WORDS, LENGTH = 30, 3
@@ -80,6 +80,4 @@ class Encoder(LightningModule):
 
 def loader(data: RetrievalDataset, sampler, **settings) -> DataLoader:
     """Batches of 4."""
-    return DataLoader(
-        with_ids(data), 4, sampler=sampler, collate_fn=collate_with_ids(CollateRetrieval(tokenize)), **settings
-    )
+    return DataLoader(with_ids(data), 4, sampler=sampler, collate_fn=CollateRetrieval(tokenize), **settings)

@@ -200,6 +200,11 @@ def test_bad_arguments(tmp_path):
     for options in ({}, {"every_n_epochs": 1, "every_n_steps": 1}):
         with pytest.raises(ValueError, match="give one of the two"):
             RefreshHardNegatives(data, len, **options)
+    with pytest.raises(TypeError, match=r"RefreshHardNegatives\(similarty=\.\.\.\): there are similarity, margin"):
+        RefreshHardNegatives(data, len, every_n_epochs=1, similarty="dot")
+    for top_k in (1, 61):  # two are drawn, and there are 60 documents
+        with pytest.raises(ValueError, match=r"top_k .* must be in \[2, 60\]"):
+            RefreshHardNegatives(data, len, every_n_epochs=1, top_k=top_k)
     with pytest.raises(ValueError, match="every_n_steps must be >= 1"):
         RefreshHardNegatives(data, len, every_n_steps=0)
     callback = RefreshHardNegatives(data, len, every_n_epochs=1)

@@ -31,6 +31,7 @@ def test_row_numbers_and_ranks_where_nothing_else_is_given(tmp_path):
     np.testing.assert_array_equal(scores, [[3, 2, np.nan], [3, 2, 1]])
 
 
+@pytest.mark.filterwarnings("ignore:.*negatives are random")
 def test_random_filling_of_a_table_is_left_out(tmp_path):
     table = mine_hard_negatives(torch.arange(4.0)[:, None], torch.ones(1, 1), [[3]], top_k=4, min_score=1.0)
     write_run(tmp_path / "run", table["negatives"], table["scores"])

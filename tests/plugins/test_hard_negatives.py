@@ -14,6 +14,7 @@ from samplewise.plugins.pools import faiss_search
 from support import run_ranks
 
 DOCUMENTS, QUERIES = 120, 33
+pytestmark = pytest.mark.filterwarnings("ignore:.*negatives are random")
 
 
 def embeddings(count, seed):
@@ -258,6 +259,14 @@ def test_another_retriever_is_asked_for_more_than_is_needed():
     assert table["negatives"].tolist() == [[18, 17, 16, 14]]
     table = mine_hard_negatives(documents, query, [[15, 2]], max_score=17, **options)
     assert table["negatives"].tolist() == [[17, 16, 14, 13]]
+
+
+def test_a_retriever_of_another_similarity():
+    documents = embeddings(20, 1)
+    with pytest.raises(ValueError, match=r"similarity='cosine'\): the retriever was made with another"):
+        mine_hard_negatives(
+            documents, documents[:1], [[0]], top_k=2, similarity="cosine", search=faiss_search(documents)
+        )
 
 
 def mine_shards(rank, folder, documents, queries, positives, cuts, options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from negatives_support import DOCUMENTS, POSITIVES, QUERIES, WORDS, dataset, tokenize
 
-from samplewise.loaders import RetrievalDataset, Table
+from samplewise.loaders import RetrievalDataset, Table, with_ids
 from samplewise.plugins import mine_hard_negatives
 from samplewise.plugins.refresh import encode, overlap, refresh_hard_negatives
 from support import run_ranks
@@ -42,6 +42,7 @@ def test_encode_keeps_the_order_of_the_items():
 def test_encode_takes_anything_with_rows():
     rows = torch.arange(12.0).view(6, 2)
     assert encode(rows, torch.stack, batch_size=4).tolist() == rows.tolist()
+    assert encode(rows, lambda items: torch.stack(items).numpy(), batch_size=4).tolist() == rows.tolist()
 
 
 def test_encode_sorts_dicts_by_their_texts_and_fetches_batches():
@@ -93,6 +94,7 @@ def test_queries_and_documents_may_have_encoders_of_their_own(tmp_path):
     assert sizes == ([10, 10, 3], [10] * 6)
 
 
+@pytest.mark.filterwarnings("ignore:.*negatives are random")
 def test_random_filling_is_no_overlap(tmp_path):
     data = dataset(tmp_path, None)
     for _ in range(2):
@@ -127,5 +129,27 @@ def test_two_ranks_mine_what_one_process_mines(tmp_path):
 
 
 def test_a_data_set_without_a_table():
-    with pytest.raises(TypeError, match="give it a table"):
-        refresh_hard_negatives(RetrievalDataset(QUERIES, DOCUMENTS, POSITIVES), encoder(0))
+    data = RetrievalDataset(QUERIES, DOCUMENTS, POSITIVES)
+    for wrong in (data, with_ids(data)):
+        with pytest.raises(TypeError, match="a RetrievalDataset whose negatives are a Table is needed"):
+            refresh_hard_negatives(wrong, encoder(0))
+
+
+def test_what_is_not_given_is_as_it_was_before(tmp_path):
+    data = dataset(tmp_path, None)
+    settings = {"similarity": "cosine", "relative_margin": 0.125, "ranks": (1, 30), "seed": 5}
+    refresh_hard_negatives(data, encoder(0), top_k=7, progress=False, **settings)
+    before = data.negatives.snapshot().meta
+    refresh_hard_negatives(data, encoder(0), progress=False)
+    after = data.negatives.snapshot().meta
+    for key in ("top_k", "similarity", "seed", "filters"):
+        assert after[key] == before[key]
+    assert refresh_hard_negatives(data, encoder(0), progress=False, similarity="cosine")["overlap"] == 1.0
+    refresh_hard_negatives(data, encoder(0), progress=False, top_k=9, ranks=(0, None))
+    assert data.negatives.snapshot().meta["filters"]["ranks"] == [0, None]
+    assert data.negatives["negatives"].shape == (len(QUERIES), 9)
+
+
+def test_many_random_negatives_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="161 of 161 negatives are random, since so few documents pass the filters"):
+        refresh_hard_negatives(dataset(tmp_path, None), encoder(0), top_k=7, max_score=-1e9, progress=False)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from samplewise.loaders import collate_with_ids, with_ids
+from samplewise.loaders import with_ids
 from samplewise.loaders.negatives import CollateRetrieval, RetrievalDataset
 from samplewise.plugins.star import star_loss
 from support import Everything, run_ranks
@@ -256,7 +256,7 @@ def test_batches_of_a_loader_train_and_a_sampler_records_the_difficulty_of_each_
     positives = [[3, 5], [8], [3], [5, 8], [9], [8]]
     sampler = Everything(6)
     data = RetrievalDataset(queries, documents, positives, NEGATIVES.numpy() if count else None, count=count)
-    collate = collate_with_ids(CollateRetrieval(torch.stack))
+    collate = CollateRetrieval(torch.stack)
     encoder, seen = nn.Linear(WIDTH, WIDTH), torch.zeros(6)
     for items in DataLoader(with_ids(data), batch_size=3, sampler=sampler, collate_fn=collate):
         ids, q, d = items["sample_id"], encoder(items["queries"]), encoder(items["documents"])
