@@ -41,7 +41,7 @@ def product(documents: Tensor, queries: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=float, default=1e6)
-    parser.add_argument("--queries", type=float, default=2048)
+    parser.add_argument("--queries", type=float, default=512)
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--repeat", type=int, default=2)
     options = parser.parse_args()

@@ -141,7 +141,7 @@ class RetrievalDataset(Dataset[dict[str, Any]]):
         self.documents = _checked_items(name, "documents", documents)
         self.positives = check_positives(name, positives, len(queries), len(documents))
         self.count = integer(name, "count", count, 0, what="the number of negatives a query")
-        self.seed = integer(name, "seed", seed, 0)
+        self.depth, self.seed = depth, integer(name, "seed", seed, 0)
         self._follows = sampler is not None
         self.shared_epoch = SharedEpoch() if sampler is None else _epoch_of(name, sampler, len(queries))
         self.negatives: Table | NDArray[Any] | None = None

@@ -80,7 +80,7 @@ def load_encoder(folder: Path, max_length: int) -> tuple[Encoder, Tokenizer]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of reading the weights
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading the weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         body = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Dense retrieval with and without hard negatives: what mining gives on real judgements, and where it gives nothing.
 
-    python -m samplewise.recipes.retrieval           # ICD-10-CM, 3 seeds, about 20 minutes on 2 CPU cores
+    python -m samplewise.recipes.retrieval           # ICD-10-CM, 3 seeds, about half an hour on 2 CPU cores
     samplewise run retrieval --data DIR --model NAME --accelerator gpu --steps 2000 --batch_size 256
 
 Fine-tunes a pretrained sentence encoder with each kind of negatives (random documents, the other queries' documents,
