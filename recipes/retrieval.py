@@ -6,8 +6,9 @@
 Fine-tunes a pretrained sentence encoder with each kind of negatives (random documents, the other queries' documents,
 mined ones, both: STAR; and ADORE after STAR) from the same weights, for as many optimizer steps each, seed by seed, and
 ranks all documents for queries that were held out. Writes `results.json`, `runs.csv`, `summary.csv`, `report.html`,
-`plots/*.png`, seed 0's rankings as TREC run files and the mined negatives into `--out`, and prints a table: nDCG@10,
-MRR@10 and Recall@100 (mean, sd), seconds of training, with encoding and mining apart.
+`plots/*.png`, seed 0's rankings as TREC run files, and the mined negatives as a table and as `triplets.jsonl` (which
+`datasets` reads and sentence-transformers trains on) into `--out`, and prints a table: nDCG@10, MRR@10 and Recall@100
+(mean, sd), seconds of training, with encoding and mining apart.
 
 `BiEncoder` and `train` are an ordinary training script: delete the lines marked `# samplewise` and it still is one,
 with in-batch negatives.

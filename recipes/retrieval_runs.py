@@ -1,6 +1,7 @@
 """The runs of the retrieval recipe: encode, mine, train an arm, rank for the held-out queries; the time of each."""
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from samplewise.loaders.negatives import corpus_fingerprint
 from samplewise.loaders.table import Table
-from samplewise.plugins.exchange import write_run
+from samplewise.plugins.exchange import to_columns, write_run
 from samplewise.plugins.hard_negatives import mine_hard_negatives
 from samplewise.plugins.search import search
 from samplewise.recipes.corpus import Queries, load_collection
@@ -53,6 +54,7 @@ class Comparison:
         shutil.rmtree(self.out / "negatives", ignore_errors=True)  # of an earlier run, maybe on other data
         with clock("mining"):
             table = self._mine(documents, queries, self.out / "negatives")
+        self._export(table)
         self.mined = Mined(table, documents, queries, clock.seconds)
         return self._tested(ARMS["zero_shot"], 0, self.pretrained, documents, Clock(), Losses(), bars)
 
@@ -99,6 +101,14 @@ class Comparison:
         table = Table(folder, fingerprint=corpus_fingerprint(train.texts, self.collection.documents), keep=1)
         given: dict[str, Any] = {"device": options.device, "progress": False, **options.mining}
         return mine_hard_negatives(documents, queries, train.positives, top_k=options.depth, out=table, **given)
+
+    def _export(self, table: Table) -> None:
+        """The mined negatives as columns for sentence-transformers, a line of `triplets.jsonl` for each."""
+        train = self.collection.train
+        columns = to_columns(train.texts, self.collection.documents, train.positives, table["negatives"])
+        with (self.out / "triplets.jsonl").open("w", encoding="utf-8") as file:
+            for row in zip(*columns.values(), strict=True):
+                file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
 
     def _tested(
         self, arm: Arm, seed: int, encoder: Encoder, documents: Tensor, clock: Clock, losses: Losses, bars: Bars

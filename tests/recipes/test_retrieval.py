@@ -13,7 +13,7 @@ import torch
 from retrieval_support import write_collection, write_model
 
 from samplewise.loaders.table import Table
-from samplewise.plugins.exchange import read_run
+from samplewise.plugins.exchange import from_columns, read_run
 from samplewise.plugins.selection import Found
 from samplewise.recipes import retrieval, retrieval_runs
 from samplewise.recipes.corpus import load_collection
@@ -73,6 +73,17 @@ def test_scores_are_those_of_the_run_files(finished, made):
         out / "runs" / "star.trec", query_names=collection.test.ids, document_names=collection.document_ids
     )
     assert ids.shape == (16, 64)
+
+
+def test_the_mined_negatives_serve_other_trainers(finished, made):
+    _, out = finished
+    collection = load_collection(str(made[0]))
+    rows = [json.loads(line) for line in (out / "triplets.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len(collection.train.positives.values)
+    columns = {name: [row[name] for row in rows] for name in ("anchor", "positive", "negative")}
+    assert columns["anchor"] == [collection.train.texts[row] for row in collection.train.positives.row_numbers()]
+    back = from_columns(columns)
+    assert not any(set(back.positives[row]) & {*back.negatives[row].tolist()} for row in range(len(back.queries)))
 
 
 def test_all_arms_start_from_the_same_weights_and_differ_at_the_end(finished):
