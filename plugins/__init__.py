@@ -6,4 +6,5 @@ from samplewise.plugins.infobatch import InfoBatch as InfoBatch
 from samplewise.plugins.rs2 import RS2 as RS2
 from samplewise.plugins.seta import SeTa as SeTa
 from samplewise.plugins.star import star_loss as star_loss
+from samplewise.plugins.trajectories import TrajectorySampler as TrajectorySampler
 from samplewise.plugins.uniform import Uniform as Uniform

@@ -29,7 +29,7 @@ IntArray = npt.NDArray[np.int64]
 
 def effective_sample_size(weights: npt.ArrayLike) -> float:
     """(sum w)^2 / sum(w^2) of weights (k,): k when all are equal, 1 when one has everything, 0 for none."""
-    checked = _weights("effective_sample_size", "weights", weights)
+    checked = check_weights("effective_sample_size", "weights", weights)
     top = float(checked.max(initial=0.0))
     if top == 0:
         return 0.0
@@ -54,7 +54,7 @@ def defensive_mixture(scores: npt.ArrayLike, *, mix: float = 0.9) -> Float64Arra
         raise ValueError(
             f"defensive_mixture(mix={mix}): mix is the scores' share, the rest is uniform, and must be in [0, 1)"
         )
-    checked = _weights("defensive_mixture", "scores", scores).astype(np.float64)  # a copy, changed in place
+    checked = check_weights("defensive_mixture", "scores", scores).astype(np.float64)  # a copy, changed in place
     top = checked.max(initial=0.0)
     if top == 0:
         return np.full(checked.size, 1 / max(checked.size, 1))
@@ -98,7 +98,7 @@ def draw_without_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Gene
     Raises:
         ValueError: for weights that are not finite and >= 0, or k outside [0, number of positive weights].
     """
-    checked = _weights("draw_without_replacement", "weights", weights)
+    checked = check_weights("draw_without_replacement", "weights", weights)
     positive = int(np.count_nonzero(checked))
     k = _count("draw_without_replacement", k, positive, "the number of positive weights")
     if k == positive:
@@ -125,7 +125,7 @@ def inclusion_probabilities(weights: npt.ArrayLike, k: int) -> Float64Array:
     Raises:
         ValueError: for weights that are not finite and >= 0, or k outside [0, number of positive weights].
     """
-    checked = _weights("inclusion_probabilities", "weights", weights)
+    checked = check_weights("inclusion_probabilities", "weights", weights)
     k = _count("inclusion_probabilities", k, int(np.count_nonzero(checked)), "the number of positive weights")
     pi = _in_range(checked).astype(np.float64)  # a copy, changed in place
     total, sure = pi.sum(), 0
@@ -173,7 +173,7 @@ def draw_poisson(pi: npt.ArrayLike, rng: np.random.Generator) -> IntArray:
     Raises:
         ValueError: for probabilities outside [0, 1].
     """
-    checked = _weights("draw_poisson", "pi", pi)
+    checked = check_weights("draw_poisson", "pi", pi)
     if checked.max(initial=0.0) > 1:
         raise ValueError(f"draw_poisson(pi=...): pi are probabilities and must be in [0, 1], not {checked.max()}")
     return np.flatnonzero(rng.random(checked.size) < checked)
@@ -190,7 +190,7 @@ def draw_with_replacement(weights: npt.ArrayLike, k: int, rng: np.random.Generat
     Raises:
         ValueError: for weights that are not finite and >= 0 or are all 0 (with k > 0), or k < 0.
     """
-    checked = _weights("draw_with_replacement", "weights", weights)
+    checked = check_weights("draw_with_replacement", "weights", weights)
     k = _count("draw_with_replacement", k)
     if k and not checked.any():
         raise ValueError("draw_with_replacement(weights=...): at least one weight must be positive; all are 0")
@@ -229,7 +229,7 @@ def _in_range(weights: Floats) -> Floats:
     return weights if top == 0 or 1e-150 < top < 1e150 else weights.astype(np.float64) / top
 
 
-def _weights(function: str, argument: str, values: npt.ArrayLike) -> Floats:
+def check_weights(function: str, argument: str, values: npt.ArrayLike) -> Floats:
     """The values as float32 or float64 (N,), without a copy where possible."""
     weights = np.asarray(values)
     if weights.dtype.kind not in "fiub":

@@ -5,6 +5,7 @@ modes that the contract should see.
 """
 
 from importlib.metadata import entry_points
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from samplewise.loaders.testing import check_sampler
 
 SIZE = 97
 LABELS = np.arange(SIZE) % 3
+LENGTHS = [3, 1, 20, 9, 14, 2, 30, 18]  # SIZE in all
+TRAJECTORIES = {"returns": [1, 5, 2, 9, 4, 4, 0, 3], "lengths": LENGTHS, "num_samples": 80}
 
 SETTINGS = {
     "rs2": [
@@ -29,6 +32,14 @@ SETTINGS = {
         {"epochs": 4, "batch_loss": True},
     ],
     "seta": [{"epochs": 4}, {"epochs": 4, "groups": 5, "window": 0.5, "rounding": "paper", "revisit_every": 2}],
+    "trajectories": [
+        {**TRAJECTORIES, "mode": "rw"},
+        {**TRAJECTORIES, "first_obs": np.sin(LENGTHS), "mix": 0.7},
+        {**TRAJECTORIES, "mode": "top", "top": 0.3},
+        {**TRAJECTORIES, "mode": "uniform", "unit": "trajectory"},
+        {**TRAJECTORIES, "mode": "uniform", "priority": "loss_ema", "priority_beta": 1},
+        {**TRAJECTORIES, "mode": "weights", "weights": LENGTHS, "priority": "loss_last", "mix": 0.9},
+    ],
 }
 ARRANGED = {"arrange": DistinctBatches([[i // 3, SIZE + i % 30] for i in range(SIZE)], 7)}
 COMMON = [
@@ -45,7 +56,7 @@ samplers = {point.name: point for point in entry_points(group="samplewise.plugin
 
 
 def test_the_methods_of_this_library_are_discovered():
-    assert {"uniform", "rs2", "infobatch", "seta"} <= set(samplers)
+    assert {"uniform", "rs2", "infobatch", "seta", "trajectories"} <= set(samplers)
 
 
 @pytest.mark.filterwarnings("ignore:DistinctBatches")  # small plans have no such order
@@ -58,4 +69,5 @@ def test_the_methods_of_this_library_are_discovered():
 def test_contract(name, settings, common):
     kind = samplers[name].load()
     assert issubclass(kind, PlannedSampler)
-    check_sampler(lambda: kind(SIZE, **settings, **common))
+    size = (SIZE,) if "size" in signature(kind).parameters else ()
+    check_sampler(lambda: kind(*size, **settings, **common))
