@@ -1,6 +1,7 @@
 """The DataLoader side: plans, samplers, ids that travel inside the batch, negatives, tables that workers re-open."""
 
 from samplewise.loaders.arrange import DistinctBatches
+from samplewise.loaders.episodes import Episodes
 from samplewise.loaders.ids import SAMPLE_ID, collate_with_ids, ids_of, with_ids
 from samplewise.loaders.negatives import CollateRetrieval, RetrievalDataset, corpus_fingerprint, known_positives
 from samplewise.loaders.options import SamplerOptions
@@ -13,6 +14,7 @@ __all__ = [
     "SAMPLE_ID",
     "CollateRetrieval",
     "DistinctBatches",
+    "Episodes",
     "Plan",
     "PlannedSampler",
     "Ragged",

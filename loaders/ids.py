@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 SAMPLE_ID = "sample_id"
 """The key under which dict-style items and batches carry their ids."""
@@ -85,17 +85,25 @@ class collate_with_ids:  # used like a function; a class, so that it can be pick
 
     ``my_collate`` gets the bare items. The batch is ``(ids int64 (B,), my_collate(items))``, or, where the items are
     dicts and ``my_collate`` gives a dict, that dict with the ids under ``"sample_id"``.
+
+    Args:
+        collate: the function. None: items go through torch's default collate, and what a data set's ``__getitems__``
+            gives as a whole batch stays as it is.
+
+    Raises:
+        TypeError: anything else.
     """
 
-    def __init__(self, collate: Callable[[Any], Any]):
-        if not callable(collate):
-            raise TypeError(f"collate_with_ids({collate!r}): a collate function is needed.")
+    def __init__(self, collate: Callable[[Any], Any] | None = None):
+        if collate is not None and not callable(collate):
+            raise TypeError(f"collate_with_ids({collate!r}): a collate function is needed, or None.")
         self.collate = collate
 
     def __call__(self, items: Any) -> Any:
         """Collate what the loader fetched: a list of items with ids, or a :class:`BatchWithIds`."""
         if isinstance(items, BatchWithIds):
-            return self._join(torch.tensor(list(items.ids), dtype=torch.int64), self.collate(items.batch))
+            batch = items.batch if self.collate is None else self.collate(items.batch)
+            return self._join(torch.tensor(list(items.ids), dtype=torch.int64), batch)
         if isinstance(items[0], Mapping):
             ids = [_taken(item) for item in items]
             bare: list[Any] = [{key: value for key, value in item.items() if key != SAMPLE_ID} for item in items]
@@ -103,7 +111,7 @@ class collate_with_ids:  # used like a function; a class, so that it can be pick
             ids, bare = [index for index, _ in items], [item for _, item in items]
         else:
             raise TypeError(_NO_IDS)
-        return self._join(torch.tensor(ids, dtype=torch.int64), self.collate(bare))
+        return self._join(torch.tensor(ids, dtype=torch.int64), (self.collate or default_collate)(bare))
 
     def _join(self, ids: Tensor, batch: Any) -> Any:
         if isinstance(batch, MutableMapping):

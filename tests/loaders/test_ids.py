@@ -80,6 +80,18 @@ def test_a_whole_batch_from_getitems():
     assert batch["x"].tolist() == [8, 10]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_a_collate(workers):
+    """Whole batches stay as they are, items go through the default collate."""
+    for data in (Batched(as_list=False), Dicts()):
+        loader = DataLoader(with_ids(data), batch_size=4, num_workers=workers, collate_fn=collate_with_ids())
+        batch = list(loader)[1]
+        assert batch[SAMPLE_ID].tolist() == [4, 5]
+        assert batch["x"].tolist() == ([8, 10] if isinstance(data, Batched) else [4, 5])
+    ids, x = next(iter(DataLoader(with_ids(Batched(as_list=True)), batch_size=3, collate_fn=collate_with_ids(None))))
+    assert (ids.dtype, ids.tolist(), x.tolist()) == (torch.int64, [0, 1, 2], [0, 1, 2])
+
+
 def test_custom_collate_sees_bare_items():
     data = [torch.ones(n) for n in (1, 3, 2)]
     ids, x = next(iter(DataLoader(with_ids(data), batch_size=3, collate_fn=collate_with_ids(padded))))
@@ -102,7 +114,8 @@ def test_t23_pickle(data):
     twin = pickle.loads(pickle.dumps(with_ids(data)))
     assert len(twin) == 6
     assert type(twin.dataset) is type(data)
-    pickle.loads(pickle.dumps(collate_with_ids(keep)))
+    for collate in (keep, None):
+        assert pickle.loads(pickle.dumps(collate_with_ids(collate))).collate is collate
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
@@ -131,8 +144,8 @@ def test_streams_have_no_rows(data):
 def test_mistakes():
     with pytest.raises(TypeError, match="wrap it once"):
         with_ids(with_ids([1]))
-    with pytest.raises(TypeError, match="collate function"):
-        collate_with_ids(None)
+    with pytest.raises(TypeError, match=r"collate_with_ids\(3\): a collate function is needed, or None"):
+        collate_with_ids(3)
     with pytest.raises(KeyError, match="with_ids"):
         collate_with_ids(keep)([{"x": 1}])
     for items in ([1, 2], [(torch.ones(1), 2)], [(1, 2, 3)]):
