@@ -65,7 +65,14 @@ class Line:
 
 @styled
 def lines(
-    curves: Sequence[Line], *, x: str, y: str, epochs: bool = False, share: bool = False, late: bool = False
+    curves: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    epochs: bool = False,
+    share: bool = False,
+    late: bool = False,
+    alike: bool = False,
 ) -> bytes:
     """Curves over a common axis.
 
@@ -76,12 +83,13 @@ def lines(
         epochs: whole numbers on the x axis.
         share: `y` is in [0, 1] and shown as a percentage.
         late: for curves that rise: cut the picture below what they reach halfway, and draw them alike.
+        alike: draw all curves with the same width.
     """
     figure, (axes,) = _panels(1, height=3.3)
     for index, curve in enumerate(curves):
         colour = COLOURS[curve.colour % len(COLOURS)]
         single = len(curve.x) == 1
-        size, width = (8.0, 0.0) if single else (4.0, 1.6 + (0.0 if late else max(0.0, 3.2 - 1.1 * index)))
+        size, width = (8.0, 0.0) if single else (4.0, 1.6 + (0.0 if late or alike else max(0.0, 3.2 - 1.1 * index)))
         axes.plot(curve.x, curve.y, color=colour, marker=curve.marker, ms=size, lw=width, label=curve.name)
         if curve.spread is not None and not single:
             low, high = np.subtract(curve.y, curve.spread), np.add(curve.y, curve.spread)
@@ -123,6 +131,27 @@ def bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], *, x: str) 
     axes.set(xlabel=x, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     axes.grid(axis="y", visible=False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
+    return _png(figure)
+
+
+@styled
+def histogram(
+    edges: Sequence[float],
+    base: Sequence[float],
+    over: Mapping[str, Sequence[float]],
+    colours: Sequence[int],
+    *,
+    x: str,
+    y: str,
+) -> bytes:
+    """Bars of the shares `base` of B bins with `edges` (B + 1), and a stepped line for each of the shares `over`."""
+    figure, (axes,) = _panels(1, height=3.3)
+    axes.stairs(base, edges, fill=True, color=COLOURS[0], alpha=0.25, label="data")
+    for (name, shares), index in zip(over.items(), colours, strict=True):
+        axes.stairs(shares, edges, color=COLOURS[index % len(COLOURS)], linewidth=1.8, label=name)
+    axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+    _axis(axes, epochs=False, share=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _png(figure)
 
 
