@@ -159,7 +159,8 @@ def _episodes_of(behaviour: Behaviour, envs: Sequence[Any], seed: int) -> Iterat
 
         def act(observations: np.ndarray, numbers: np.ndarray, noise: list[np.random.Generator] = noise) -> np.ndarray:
             draws = np.array([noise[number].standard_normal(len(deviation)) for number in numbers])
-            return behaviour.policy(observations) + deviation * draws
+            actions: np.ndarray = behaviour.policy(observations) + deviation * draws
+            return actions
 
         yield from play(envs, act, [start_seed(seed, *key) for key in keys], behaviour.options)
         begin += len(envs)
@@ -208,10 +209,10 @@ def find_policies(env_id: str, settings: Search, *, seed: int = 0, say: Say = pr
     def build(folder: Path) -> None:
         say(f"{env_id}: searching for policies ({settings.iterations} iterations; kept for the next time)")
         snapshots = search(env_id, settings, seed, count(f"{env_id}: policy search", settings.iterations))
-        arrays = {name: np.array([getattr(s.policy, name) for s in snapshots]) for name in ("weights", "mean")}
-        arrays["deviation"] = np.array([snapshot.policy.deviation for snapshot in snapshots])
+        names = ("weights", "mean", "deviation")
+        arrays: Any = {name: np.array([getattr(s.policy, name) for s in snapshots]) for name in names}
         best = max(snapshots, key=lambda snapshot: snapshot.value).policy
-        references = [random_policy(env_id, seed), best]
+        references: list[Policy] = [random_policy(env_id, seed), best]
         returns = [rollouts(env_id, policy, episodes=REFERENCE_EPISODES, seed=seed).mean() for policy in references]
         values = np.array([snapshot.value for snapshot in snapshots])
         np.savez(folder / "search.npz", values=values, bounds=(best.low, best.high), references=returns, **arrays)
@@ -223,8 +224,8 @@ def find_policies(env_id: str, settings: Search, *, seed: int = 0, say: Say = pr
         weights, mean, deviation, values = (file[name] for name in ("weights", "mean", "deviation", "values"))
         (low, high), (random_return, expert_return) = file["bounds"], file["references"].tolist()
     snapshots = [
-        Snapshot(LinearPolicy(*arrays, low, high, settings.products), float(value))
-        for *arrays, value in zip(weights, mean, deviation, values, strict=True)
+        Snapshot(LinearPolicy(w, m, d, low, high, settings.products), float(value))
+        for w, m, d, value in zip(weights, mean, deviation, values, strict=True)
     ]
     return Found(snapshots, random_return, expert_return)
 
@@ -276,7 +277,7 @@ def collect(
         say(f"{name}: collecting {transitions:,} transitions in {mix.env_id}")
         given: dict[str, Any] = {"transitions": transitions, "seed": seed}
         episodes, numbers = gather(mix.env_id, behaviours, advance=count(f"{name}: collecting", transitions), **given)
-        meta = {"configuration": {**configuration, "made_with": made_with()}}
+        meta: dict[str, Any] = {"configuration": {**configuration, "made_with": made_with()}}
         meta |= {"random_return": found.random_return, "expert_return": found.expert_return}
         save(folder, episodes, numbers, [behaviour.label for behaviour in behaviours], meta)
 

@@ -54,11 +54,11 @@ class Scaling:
     @classmethod
     def of(cls, task: "Task", low: np.ndarray, high: np.ndarray) -> "Scaling":
         """That of a data set, for actions in `[low, high]`, each `(a,)`."""
-        observations = torch.from_numpy(np.asarray(task.episodes.observations, dtype=np.float32)).flatten(1)
+        observations = torch.from_numpy(np.array(task.episodes.observations, dtype=np.float32)).flatten(1)
         span = float(np.ptp(task.episodes.returns)) or 1.0
-        low, high = (torch.from_numpy(np.asarray(bound, dtype=np.float32)) for bound in (low, high))
+        smallest, largest = (torch.from_numpy(np.asarray(bound, dtype=np.float32)) for bound in (low, high))
         deviation, mean = torch.std_mean(observations, dim=0)
-        return cls(mean, deviation + 1e-3, (low + high) / 2, (high - low) / 2, 1000 / span)
+        return cls(mean, deviation + 1e-3, (smallest + largest) / 2, (largest - smallest) / 2, 1000 / span)
 
 
 def network(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
@@ -84,6 +84,11 @@ class Critics(nn.Module):
 class Agent(LightningModule):
     """What the learners have in common: the policy, the scaling and the optimizers."""
 
+    mean: Tensor
+    deviation: Tensor
+    centre: Tensor
+    reach: Tensor
+
     def __init__(self, scaling: Scaling, options: "OfflineRlOptions", observe: Any):
         super().__init__()
         self.options, self.reward_scale = options, scaling.reward
@@ -106,10 +111,8 @@ class Agent(LightningModule):
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Actions `(m, a)` in the environment's units, of observations float32 `(m, d)`."""
         given = torch.as_tensor(observations, dtype=torch.float32, device=self.device).flatten(1)
-        actions: np.ndarray = (
-            (self.centre + self.reach * self.policy((given - self.mean) / self.deviation)).cpu().numpy()
-        )
-        return actions
+        chosen: Tensor = self.centre + self.reach * self.policy((given - self.mean) / self.deviation)
+        return chosen.cpu().numpy()
 
     def adam(self, *modules: nn.Module) -> Adam:
         """Adam over the parameters of some modules."""
@@ -130,7 +133,7 @@ class BC(Agent):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         now, actions, *_ = self.scaled(batch)
         losses = (self.policy(now) - actions).square().mean(1)
-        loss = losses.mean()
+        loss: Tensor = losses.mean()
         loss = self.observe(batch["sample_id"], losses)  # samplewise
         return loss
 
@@ -161,7 +164,8 @@ class TD3BC(Agent):
         losses = errors.square().sum(0)
         loss = losses.mean()
         loss = self.observe(batch["sample_id"], losses, scores=errors.abs().mean(0))  # samplewise
-        for_policy, for_critics = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        for_policy, for_critics = optimizers
         self.step(for_critics, loss)
         if batch_idx % POLICY_DELAY == 0:
             chosen = self.policy(now)
@@ -200,9 +204,10 @@ class IQL(Agent):
         policy_loss = (weights * (self.policy(now) - actions).square().sum(1)).mean()
         errors = self.critics(now, actions) - target
         losses = errors.square().sum(0)
-        loss = losses.mean()
+        loss: Tensor = losses.mean()
         loss = self.observe(batch["sample_id"], losses, scores=errors.abs().mean(0))  # samplewise
-        return loss + value_loss + policy_loss  # of three networks that share nothing
+        total: Tensor = loss + value_loss + policy_loss  # of three networks that share nothing
+        return total
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

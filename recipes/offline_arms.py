@@ -64,10 +64,8 @@ def trajectory_sampler(
     """Of the arms that weigh trajectories."""
     given: dict[str, Any] = {"mode": arm.mode, "priority": "score" if arm.replay else None}
     given |= {name: getattr(options, name) for name in ("alpha", "top", "clip_quantile", "mix")}
-    trajectories = {"returns": episodes.returns, "lengths": episodes.lengths}
-    return TrajectorySampler(
-        **trajectories, first_obs=episodes.first_observations, num_samples=draws, seed=seed, **given
-    )
+    given |= {"returns": episodes.returns, "lengths": episodes.lengths, "first_obs": episodes.first_observations}
+    return TrajectorySampler(num_samples=draws, seed=seed, **given)
 
 
 def distribution(arm: Arm, episodes: Episodes, options: "OfflineRlOptions") -> tuple[np.ndarray, Mapping[str, float]]:

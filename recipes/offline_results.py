@@ -87,6 +87,8 @@ def distributions(task: Task, arms: Sequence[Arm], options: "OfflineRlOptions") 
 
 def behaviours(task: Task) -> list[dict[str, Any]]:
     """Trajectories, transitions and mean return of each behaviour in the mix."""
+    if task.behaviour is None:
+        return []
     rows = []
     for number, label in enumerate(task.labels):
         own = task.behaviour == number

@@ -151,8 +151,9 @@ def _improvement(
     forwards, backwards = np.reshape([_shifted(episode, settings.shift) for episode in played], (2, -1))
     best = np.argsort(-np.maximum(forwards, backwards), kind="stable")[: settings.top]
     deviation = np.concatenate([forwards[best], backwards[best]]).std() + 1e-8
-    total: np.ndarray = np.tensordot(forwards[best] - backwards[best], changes[best], axes=1)
-    return total * (settings.step / (settings.top * deviation))
+    total = np.tensordot(forwards[best] - backwards[best], changes[best], axes=1)
+    change: np.ndarray = total * (settings.step / (settings.top * deviation))
+    return change
 
 
 def _shifted(episode: Played, shift: float) -> float:

@@ -1,8 +1,8 @@
 """Two small tasks where reweighting trajectories by their return goes wrong, and what was done in them.
 
 `lottery`: returns are luck. 20 steps of an action in [-1, 1]: above 0 it is bold and wins 20 with probability 0.025
-(0.5 on average), else it is careful and earns 0.8. A third of the episodes are bold: so are nearly all of the best tenth.
-Careful play brings 16, bold play 10 on average; what is to be learned from the best episodes is to gamble.
+(0.5 on average), else it is careful and earns 0.8. A third of the episodes are bold: so are nearly all of the best
+tenth. Careful play brings 16, bold play 10 on average; what is to be learned from the best episodes is to gamble.
 
 `stitch`: no episode shows it all. A corridor leads from A = (0, 0) up to B = (0, 1) and right to C = (1, 1); each of up
 to 50 steps costs 1 until C is reached. Some episodes begin at A, go up to B and stay about there; the others begin at B
@@ -107,7 +107,8 @@ def work(observations: np.ndarray) -> np.ndarray:
 
 def climb(observations: np.ndarray) -> np.ndarray:
     """To B, and back there."""
-    return np.clip(2 * (B - observations), -1, 1)
+    velocity: np.ndarray = np.clip(2 * (B - observations), -1, 1)
+    return velocity
 
 
 def cross(observations: np.ndarray) -> np.ndarray:
