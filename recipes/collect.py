@@ -18,7 +18,16 @@ from samplewise.loaders.episodes import Episodes
 from samplewise.loaders.seeding import generator
 from samplewise.recipes.assets import AssetError, cache_folder
 from samplewise.recipes.random_search import LinearPolicy, Search, Snapshot, search
-from samplewise.recipes.rollouts import Played, Policy, bounds_of, make_env, play, random_policy, rollouts, start_seed
+from samplewise.recipes.rollouts import (
+    Played,
+    Policy,
+    bounds_of,
+    environments,
+    play,
+    random_policy,
+    rollouts,
+    start_seed,
+)
 
 VERSION = 1
 REFERENCE_EPISODES = 20
@@ -131,19 +140,17 @@ def gather(
         seed: of starts, noise and order; an episode depends on nothing but this, its behaviour and its number.
         advance: told how many more transitions there are.
     """
-    envs = [make_env(env_id) for _ in range(AT_ONCE)]
     episodes, numbers = [], []
-    for behaviour in behaviours:
-        found = 0
-        for episode in _episodes_of(behaviour, envs, seed):
-            if found >= behaviour.share * transitions:
-                break
-            episodes.append(episode)
-            numbers.append(behaviours.index(behaviour))
-            found += len(episode.rewards)
-            advance(len(episode.rewards))
-    for env in envs:
-        env.close()
+    with environments(env_id, AT_ONCE) as envs:
+        for behaviour in behaviours:
+            found = 0
+            for episode in _episodes_of(behaviour, envs, seed):
+                if found >= behaviour.share * transitions:
+                    break
+                episodes.append(episode)
+                numbers.append(behaviours.index(behaviour))
+                found += len(episode.rewards)
+                advance(len(episode.rewards))
     order = generator(seed, "order").permutation(len(episodes))
     return [episodes[number] for number in order], np.array(numbers, dtype=np.int64)[order]
 

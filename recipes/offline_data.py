@@ -146,7 +146,9 @@ def _minari(name: str, say: Say) -> Task:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AssetError(f"{name} is not on this machine and could not be downloaded: {reason}") from error
     sizes = {"transitions": int(dataset.total_steps), "episodes": int(dataset.total_episodes)}
-    configuration = {"version": VERSION, "data": name, "path": str(dataset.storage.data_path), **sizes}
+    place = Path(dataset.storage.data_path)
+    changed = max(file.stat().st_mtime_ns for file in place.rglob("*"))
+    configuration = {"version": VERSION, "data": name, "path": str(place), "time": changed, **sizes}
     label = name.replace(":", "-").replace("/", "--")
     folder = cached(label, configuration, lambda folder: read_minari(dataset, folder=folder), say)
     episodes = Episodes.open(folder)

@@ -2,7 +2,7 @@
 
     python -m samplewise.recipes.offline_rl          # Hopper and Pendulum, 3 seeds, about 25 minutes on 2 CPU cores
     samplewise run offline_rl --data minari:mujoco/hopper/medium-v0 --accelerator gpu --steps 200000
-    samplewise run offline_rl --data '[lottery, stitch]' --steps 2000       # where reweighting goes wrong
+    samplewise run offline_rl --data '[lottery, stitch]' --steps 1000       # where reweighting goes wrong
 
 Simulates a few good and many bad trajectories of each environment (once: they are kept in the cache), or loads those of
 Minari or D4RL, and trains BC, TD3+BC and IQL on batches that are drawn uniformly (and by RS2), by return (RW), by
@@ -85,10 +85,10 @@ class OfflineRlOptions:
     steps: int = 5000
     seeds: int = 3
     batch_size: int = 256
-    hidden: int = 256
-    lr: float = 3e-4
+    hidden: int = 128
+    lr: float = 1e-3
     discount: float = 0.99
-    evaluations: int = 4
+    evaluations: int = 5
     episodes: int = 10
     accelerator: Literal["cpu", "gpu", "mps"] = "cpu"
     jobs: int = 0

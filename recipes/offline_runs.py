@@ -1,6 +1,8 @@
 """The runs of the offline RL recipe: train, roll out, keep time; several at once, each in a process of its own."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -154,13 +156,24 @@ def run_all(jobs: Sequence[Job], train: Train, bars: Bars) -> Iterator[Run]:
                 yield run_one(job, train, [bars.begin(job.name)])
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent) as pool:
         futures = [pool.submit(_run_alone, job, train) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """So that a worker does not train on when the process that wants its results was killed."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_alone(job: Job, train: Train) -> Run:

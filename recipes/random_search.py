@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from samplewise.loaders.seeding import generator
-from samplewise.recipes.rollouts import Played, bounds_of, make_env, play, start_seed
+from samplewise.recipes.rollouts import Played, bounds_of, environments, play, start_seed
 
 
 @dataclass(frozen=True)
@@ -122,20 +122,20 @@ def search(env_id: str, settings: Search, seed: int, advance: Callable[[int], An
         seed: of everything random.
         advance: told 1 after each iteration.
     """
-    envs = [make_env(env_id) for _ in range(max(2 * settings.directions, settings.episodes))]
-    low, high = bounds_of(envs[0])
-    size = features(np.zeros((1, *envs[0].observation_space.shape)), settings.products).shape[1]
-    weights, moments, snapshots = np.zeros((len(low), size)), Moments(size), []
-    for iteration in range(settings.iterations + 1):
-        policy = LinearPolicy(weights, moments.mean, moments.deviation, low, high, settings.products)
-        if iteration % settings.every == 0 or iteration == settings.iterations:
-            snapshots.append(Snapshot(policy, _judge(envs[: settings.episodes], policy, seed)))
-        if iteration == settings.iterations:
-            break
-        weights = weights + _improvement(envs[: 2 * settings.directions], policy, moments, settings, (seed, iteration))
-        advance(1)
-    for env in envs:
-        env.close()
+    snapshots = []
+    with environments(env_id, max(2 * settings.directions, settings.episodes)) as envs:
+        low, high = bounds_of(envs[0])
+        size = features(np.zeros((1, *envs[0].observation_space.shape)), settings.products).shape[1]
+        weights, moments = np.zeros((len(low), size)), Moments(size)
+        for iteration in range(settings.iterations + 1):
+            policy = LinearPolicy(weights, moments.mean, moments.deviation, low, high, settings.products)
+            if iteration % settings.every == 0 or iteration == settings.iterations:
+                snapshots.append(Snapshot(policy, _judge(envs[: settings.episodes], policy, seed)))
+            if iteration == settings.iterations:
+                break
+            trying = envs[: 2 * settings.directions]
+            weights = weights + _improvement(trying, policy, moments, settings, (seed, iteration))
+            advance(1)
     return snapshots
 
 

@@ -1,6 +1,7 @@
 """Environments by name, and policies acting in them, several episodes a step at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,20 +35,27 @@ def make_env(env_id: str) -> Any:
 
     Raises:
         ImportError: gymnasium or minari is not installed.
-        ValueError: gymnasium does not know or cannot make it.
+        ValueError: gymnasium or minari does not know or cannot make it.
     """
     gymnasium = optional_import("make_env", "gymnasium", "recipes")
-    if env_id.startswith(MINARI):
-        minari = optional_import("make_env", "minari", "recipes")
-        return minari.load_dataset(env_id.removeprefix(MINARI)).recover_environment(eval_env=True)
+    minari = optional_import("make_env", "minari", "recipes") if env_id.startswith(MINARI) else None
     from samplewise.recipes.toy_tasks import ENVIRONMENTS
 
     if env_id in ENVIRONMENTS:
         return ENVIRONMENTS[env_id]()
     try:
+        if minari is not None:
+            return minari.load_dataset(env_id.removeprefix(MINARI)).recover_environment(eval_env=True)
         return gymnasium.make(env_id, disable_env_checker=True)
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError, OSError, ValueError) as error:  # ImportError: of its own packages
         raise ValueError(f"make_env(env_id={env_id!r}): {error}") from error
+
+
+@contextmanager
+def environments(env_id: str, number: int) -> Iterator[list[Any]]:
+    """Several environments of a kind, which are closed whatever happens."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(make_env(env_id))) for _ in range(number)]
 
 
 def bounds_of(env: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +93,7 @@ def play(
     """
     low, high = bounds_of(envs[0])
     given: Any = dict(options) if options else None
-    seen = [[env.reset(seed=seed, options=given)[0]] for env, seed in zip(envs, seeds, strict=True)]
+    seen = [[np.array(env.reset(seed=seed, options=given)[0])] for env, seed in zip(envs, seeds, strict=True)]
     actions: list[list[np.ndarray]] = [[] for _ in envs]
     rewards: list[list[float]] = [[] for _ in envs]
     terminals = [False] * len(envs)
@@ -95,8 +103,8 @@ def play(
         chosen = np.clip(np.asarray(policy(now, np.array(running)), dtype=np.float32), low, high)
         still = []
         for number, action in zip(running, chosen, strict=True):
-            observation, reward, terminals[number], cut, _ = envs[number].step(action)
-            seen[number].append(observation)
+            observation, reward, terminals[number], cut, _ = envs[number].step(action.copy())
+            seen[number].append(np.array(observation))  # a copy, like the action: environments may reuse their arrays
             actions[number].append(action)
             rewards[number].append(float(reward))
             if not (terminals[number] or cut):
@@ -126,13 +134,9 @@ def rollouts(env_id: str, policy: Policy, *, episodes: int, seed: int) -> np.nda
         seed: of the starts.
     """
     integer("rollouts", "episodes", episodes, 1)
-    envs = [make_env(env_id) for _ in range(episodes)]
-    try:
-        seeds = [start_seed(seed, "rollout", number) for number in range(episodes)]
+    seeds = [start_seed(seed, "rollout", number) for number in range(episodes)]
+    with environments(env_id, episodes) as envs:
         played = play(envs, lambda observations, numbers: policy(observations), seeds)
-    finally:
-        for env in envs:
-            env.close()
     return np.array([episode.rewards.sum() for episode in played])
 
 

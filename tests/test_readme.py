@@ -4,6 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_five_examples():
-    assert len(BLOCKS) == 5
+def test_there_are_the_six_examples():
+    assert len(BLOCKS) == 6
 
 
 def test_plain_loop_and_lightning(names):
@@ -61,7 +62,22 @@ def test_hard_negatives(names):
     assert (words.weight != before).any()
 
 
+def test_offline_rl(names, capsys):
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.arange(1, 401) % 20 == 0
+    names |= {"observations": torch.randn(400, 4, generator=generator), "actions": torch.ones(400, 2)}
+    names |= {"rewards": torch.randn(400, generator=generator), "terminals": torch.zeros(400, dtype=torch.bool)}
+    names |= {"timeouts": ends, "policy": names["model"]}
+    exec(BLOCKS[4], names)
+    assert "expected_return" in capsys.readouterr().out
+    sampler, data = names["sampler"], names["data"]
+    assert sampler.ledger.updates == 1000
+    drawn = np.add.reduceat(sampler.ledger.column("count").numpy(), data.offsets[:-1])
+    assert drawn.sum() == 256_000
+    assert drawn[data.returns.argmax()] > drawn[data.returns.argmin()]
+
+
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[4])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[5])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5

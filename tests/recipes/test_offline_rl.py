@@ -3,6 +3,10 @@
 import csv
 import itertools
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +123,40 @@ def test_several_processes_give_the_same_runs(finished, tmp_path):
     assert len(apart["runs"]) == 4
     for entry in apart["runs"]:
         assert entry["curve"] == there[entry["agent"], entry["arm"], entry["seed"]]
+
+
+PARENT = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from samplewise.recipes.offline_runs import _end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_end_when_the_run_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        worker = Path("/proc") / parent.stdout.readline().strip() / "stat"
+        assert runs(worker)
+        parent.kill()
+    for _ in range(600):
+        if not runs(worker):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker goes on")
+
+
+def runs(stat):
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_arms_differ_only_in_what_they_draw(tmp_path):
