@@ -23,7 +23,8 @@ Float64Array = npt.NDArray[np.float64]
 class AliasTable:
     """Independent draws of n items, each with a probability proportional to its weight.
 
-    Probabilities are true to n 2^-53 of themselves, the resolution of the one number in [0, 1) that decides a draw.
+    Probabilities are true to 2^-53, the resolution of the one number in [0, 1) that decides a draw; an item that is
+    rarer than that may never be drawn.
 
     Args:
         weights: (n,), finite and >= 0, not all 0, on any scale; items of weight 0 are never drawn.

@@ -3,12 +3,13 @@
 Schaul et al., "Prioritized Experience Replay", ICLR 2016. With the last recorded value v_j of item j (a temporal-
 difference error), N items and the probabilities b_j by which they would be drawn without priorities (1 / N there):
 
-    p_j = |v_j| + 1e-6,  the largest p where nothing is recorded (1 while nothing is at all)
+    p_j = |v_j| + 1e-6,  the largest p where j was not seen yet (1 while nothing is recorded at all)
     P(j) = b_j p_j^alpha / sum_i b_i p_i^alpha
     w_j = (b_j / P(j))^beta, divided by the largest of all
 
-What differs from the public code: no tree of partial sums, which rounding wears down, but a float64 sum of all items
-for each plan; the largest weight is that of all items, not that of the batch; the base b is any distribution.
+The weights only ever lower a loss: a single item without error, hardly ever drawn, has the largest and lowers all
+others. What differs from the public code: no tree of partial sums, which rounding wears down, but a float64 sum of all
+items for each plan; the largest weight is that of all items, not that of the batch; the base b is any distribution.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ Float64Array = npt.NDArray[np.float64]
 OFFSET = 1e-6  # so that an item without error keeps coming up
 
 
-def priorities(values: FloatArray) -> Float64Array:
-    """p_j = |v_j| + 1e-6 of recorded values (N,), which are NaN where nothing is: float64 (N,), > 0."""
+def priorities(values: FloatArray, seen: npt.NDArray[np.bool_] | None = None) -> Float64Array:
+    """p_j = |v_j| + 1e-6 of recorded values (N,), which are NaN where nothing is: float64 (N,), > 0.
+
+    Items without a value have the largest p, or the mean where they were `seen`, bool (N,), and still have none: a
+    sample whose errors are never finite must not keep coming up.
+    """
     p = np.abs(values, dtype=np.float64)
     p += OFFSET
-    unseen = np.isnan(p)
-    if unseen.any():
-        p[unseen] = 1.0 if unseen.all() else p.max(initial=0.0, where=~unseen)
+    missing = np.isnan(p)
+    if missing.all():
+        p[:] = 1.0
+    elif missing.any():
+        known = ~missing
+        largest, mean = p.max(initial=0.0, where=known), p.mean(where=known)
+        p[missing] = largest if seen is None else np.where(seen[missing], mean, largest)
     return p
 
 

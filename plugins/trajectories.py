@@ -72,13 +72,14 @@ class TrajectorySampler(PlannedSampler):
         weights: q, (n,), finite and >= 0, not all 0: for mode "weights", and only there.
         clip_quantile: c, in [0, 0.5): returns or advantages are clipped to their quantiles c and 1 - c.
         ridge: of the value regression, >= 0, see `trajectory_weights.state_values`.
-        folds: of its cross-fitting, >= 1; ``ridge=0, folds=1`` is the paper's, for many trajectories a feature.
+        folds: of its cross-fitting, >= 1, the parts drawn by ``seed``; ``ridge=0, folds=1`` is the paper's, for many
+            trajectories a feature.
         mix: defensive share: P = mix P_q + (1 - mix) / N, in [0, 1].
         unit: "transition" or "trajectory".
         priority: column of the ledger, "loss_last", "loss_ema", "loss_mean" or "score" (temporal-difference errors, as
-            ``observe(ids, losses, scores=errors)`` records them), whose magnitude makes an id's priority; unseen ids
-            have the largest. They are read once a plan, which draws as if they stood still: keep
-            ``num_samples`` short where they move fast.
+            ``observe(ids, losses, scores=errors)`` records them), whose magnitude makes an id's priority; ids that
+            were not seen yet (or only with losses that are not finite) have the largest. They are read once a plan,
+            which draws as if they stood still: keep ``num_samples`` short where they move fast.
         priority_alpha: how much priorities count, in [0, 1]; with 0 they do not.
         priority_beta: how much of that the losses' weights make up for, in [0, 1], or a function that gives it for the
             number of a plan.
@@ -152,7 +153,13 @@ class TrajectorySampler(PlannedSampler):
         if callable(beta):
             beta = share(type(self).__name__, f"priority_beta({epoch})", beta(epoch))
         base, target = (np.repeat(each, self._now.counts) for each in (self._now.base, self.probabilities))
-        p = replay.priorities(self.ledger.column(self.priority).cpu().numpy())
+        values, seen = self.ledger.column(self.priority).cpu().numpy(), self.ledger.seen.cpu().numpy()
+        p = replay.priorities(values, seen)
+        if seen.any() and np.isnan(values).all():
+            self._warn(
+                f"no {self.priority!r} was recorded with the losses, so that priorities are equal; call "
+                f"observe(ids, losses, scores=errors)."
+            )
         drawn = replay.prioritised(base, p, self.priority_alpha, mix=self.mix)
         ids = replay.draw_independently(drawn, self.draws, rng)
         return Plan(ids, replay.importance_weights(target, drawn, ids, beta))
@@ -214,7 +221,7 @@ class TrajectorySampler(PlannedSampler):
             return ones, {}
         values, what = data.returns, "returns"
         if data.first_obs is not None:
-            count, width = data.first_obs.shape
+            count, width = len(data.first_obs), int(np.any(data.first_obs != data.first_obs[0], axis=0).sum())
             if self._is_exact(count, width):
                 self._warn(
                     f"{count} trajectories are too few for the value of {width} features, so that mode 'rw' takes its "
@@ -225,6 +232,11 @@ class TrajectorySampler(PlannedSampler):
                     values, data.first_obs, ridge=self.ridge, folds=self.folds, seed=self.seed
                 )
                 fit = {"value_r2": formulas.value_r2(values, expected)}
+                if fit["value_r2"] < -1:
+                    self._warn(
+                        f"the first observations foretell the returns worse than their mean does (value_r2 = "
+                        f"{fit['value_r2']:.2g}), so that advantages are mostly noise; use mode 'rw' or a larger ridge."
+                    )
                 values, what = formulas.advantages(values, expected), "advantages"
         clip = 0.0 if self.mode == "top" else self.clip_quantile
         if not formulas.min_max(values, clip_quantile=clip).any():

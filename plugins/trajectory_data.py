@@ -122,7 +122,10 @@ def check_observations(owner: str, first_obs: Any, size: int) -> Float64Array:
 
 def as_array(values: Any) -> npt.NDArray[Any]:
     """An array, a tensor anywhere or a sequence as an array."""
-    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    return np.asarray(values)
 
 
 def _check_finite(owner: str, name: str, finite: npt.NDArray[np.bool_], hint: str) -> None:
@@ -148,4 +151,6 @@ def check_lengths(owner: str, lengths: Any, size: int) -> IntArray:
             f"{owner}(lengths=...): each trajectory must have a transition, but trajectories {some(array < 1)} have "
             f"none; drop them from all arguments."
         )
+    if array.sum(dtype=np.float64) >= 2.0**62:
+        raise ValueError(f"{owner}(lengths=...): the lengths must add up to less than 2^62 transitions.")
     return array.astype(np.int64)

@@ -79,7 +79,8 @@ def state_values(returns: Any, first_obs: Any, *, ridge: float = 1.0, folds: int
     """V(s_i0), the return that the first observation lets one expect: float64 (n,).
 
     A linear regression with an intercept. With `folds` >= 2 it is cross-fitted: the trajectories fall at random into
-    as many parts, and those of each are valued by a fit on the others.
+    as many parts, and those of each are valued by a fit on the others, within the range of the returns it has seen:
+    an odd first observation, a hundred standard deviations off, must not be worth a thousand times the best return.
 
     Args:
         returns: G, real numbers (n,), finite.
@@ -105,7 +106,8 @@ def state_values(returns: Any, first_obs: Any, *, ridge: float = 1.0, folds: int
     generator(seed, "folds").shuffle(parts)
     for part in range(folds):
         out = parts == part
-        values[out] = _fit_and_predict(features[~out], targets[~out], features[out], ridge)
+        seen = targets[~out]
+        values[out] = _fit_and_predict(features[~out], seen, features[out], ridge).clip(seen.min(), seen.max())
     return values
 
 

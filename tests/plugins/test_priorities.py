@@ -58,6 +58,25 @@ def test_priorities_by_hand(values, expected):
     np.testing.assert_allclose(p, expected, rtol=1e-12)
 
 
+def test_what_was_seen_and_has_no_value_is_like_the_others():
+    p = priorities(np.array([NAN, -3, 1, NAN], dtype=np.float32), np.array([False, True, True, True]))
+    np.testing.assert_allclose(p, [3 + 1e-6, 3 + 1e-6, 1 + 1e-6, 2 + 1e-6], rtol=1e-12)
+
+
+def test_an_error_that_is_never_finite_does_not_keep_coming_up():
+    sampler = replay([10], num_samples=20_000)
+    record(sampler, range(10), [*range(1, 10), NAN], losses=np.ones(10))
+    assert_drawn_by(planned(sampler).ids, (np.append(np.arange(1, 10), 5) + 1e-6) ** 0.6)
+
+
+def test_scores_that_never_came_are_told_of():
+    sampler = replay([10], num_samples=100)
+    planned(sampler)  # nothing was seen: no warning
+    sampler.ledger.update(torch.arange(10), torch.ones(10))
+    with pytest.warns(UserWarning, match=r"no 'score' was recorded with the losses.*scores=errors"):
+        planned(sampler)
+
+
 def test_prioritised_by_hand():
     """Square roots of 1, 4 and 9, twice the base for the last, halved by the defensive share."""
     np.testing.assert_allclose(prioritised(np.array([1.0, 1, 2]), np.array([1.0, 4, 9]), 0.5), [1 / 9, 2 / 9, 6 / 9])

@@ -200,10 +200,46 @@ def test_too_few_trajectories_for_their_first_states_fall_back_to_returns(count,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sampler = make(**given, mode="aw", first_obs=first, **options)
+    caught = [w for w in caught if "worse than their mean" not in str(w.message)]
     assert [w.filename for w in caught] == [__file__] * falls_back
     assert all(f"{count} trajectories are too few for the value of {width} features" in str(w.message) for w in caught)
     assert np.array_equal(sampler.probabilities, by_returns) == falls_back
     assert ("value_r2" in sampler.statistics) != falls_back
+
+
+def test_constant_features_do_not_make_trajectories_too_few():
+    generator = np.random.default_rng(7)
+    first = np.column_stack([generator.normal(size=(20, 2)), np.ones((20, 60))])
+    given = {"returns": generator.normal(size=20), "lengths": np.ones(20, dtype=int), "mode": "aw", "ridge": 0}
+    varied = make(**given, first_obs=first[:, :2])
+    np.testing.assert_allclose(make(**given, first_obs=first).probabilities, varied.probabilities, rtol=1e-9)
+
+
+def test_first_observations_that_mislead_are_told_of():
+    generator = np.random.default_rng(8)
+    given = {"returns": generator.normal(size=30), "lengths": np.ones(30, dtype=int), "mode": "aw"}
+    first = generator.normal(size=(30, 22))
+    with pytest.warns(UserWarning, match=r"worse than their mean does \(value_r2 = -") as caught:
+        sampler = make(**given, first_obs=first, ridge=0)
+    assert caught[0].filename == __file__
+    assert sampler.statistics["value_r2"] < -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(**given, first_obs=first, ridge=100)
+
+
+def test_an_odd_start_does_not_take_all_draws():
+    """One of 200 trajectories, of average return, starts hundreds of deviations away from the others."""
+    shares, sizes = [], []
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        first, returns = generator.uniform(-0.005, 0.005, (200, 11)), generator.normal(500, 50, 200)
+        first[17], returns[17] = 1, 500
+        sampler = make(returns, np.full(200, 10), mode="aw", first_obs=first)
+        shares.append(10 * sampler.probabilities[17])
+        sizes.append(sampler.statistics["ess"])
+    assert max(shares) < 0.5
+    assert 5 < np.median(sizes) < 100
 
 
 def test_an_outlier_takes_all_unless_returns_are_clipped():

@@ -123,8 +123,10 @@ def test_fit_on_all_is_penalised_least_squares(shape, ridge):
 def test_more_folds_than_trajectories_leave_each_out_once(ridge, folds):
     s, returns = rng(3).normal(size=(7, 2)), rng(4).normal(size=7)
     rest = [np.arange(7) != i for i in range(7)]
-    expected = [normal_equations(s[keep], returns[keep], s[~keep], ridge)[0] for keep in rest]
+    fits = [normal_equations(s[keep], returns[keep], s[~keep], ridge)[0] for keep in rest]
+    expected = [np.clip(fit, returns[keep].min(), returns[keep].max()) for fit, keep in zip(fits, rest, strict=True)]
     np.testing.assert_allclose(tw.state_values(returns, s, ridge=ridge, folds=folds), expected, rtol=1e-9)
+    assert (expected != np.array(fits)).any() == (ridge == 0)
 
 
 def test_folds_are_even_keyed_parts_that_are_valued_by_the_others():
