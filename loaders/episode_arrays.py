@@ -3,55 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from samplewise.loaders.draws import some
+from samplewise.loaders.numeric import Array, as_flags, as_rewards, check_finite, first_not_finite, numbers, numeric
 
-Array = NDArray[Any]
 IntArray = NDArray[np.int64]
 
 BY_STEP = ("observations", "actions", "rewards", "terminals")
-
-
-def numeric(owner: str, name: str, values: Any) -> Array:
-    """``values`` as an array of numbers that torch knows; float64 as float32.
-
-    Raises:
-        TypeError: anything but numbers.
-        ValueError: rows of different shapes.
-    """
-    try:
-        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{owner}({name}=...): rows of one shape are needed: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{owner}({name}=...): an array of numbers is needed, not of {array.dtype}.")
-    wide = array.dtype.kind == "f" and array.dtype.itemsize > 4
-    with np.errstate(over="ignore"):  # what becomes inf is refused where it matters
-        return array.astype(np.float32 if wide else array.dtype.newbyteorder("="), copy=False)
-
-
-def as_rewards(owner: str, values: Any) -> NDArray[np.float32]:
-    """``values`` as float32, see :func:`numeric`."""
-    return numeric(owner, "rewards", values).astype(np.float32, copy=False)
-
-
-def as_flags(owner: str, name: str, values: Any) -> NDArray[np.bool_]:
-    """``values`` as bool.
-
-    Raises:
-        TypeError: anything but numbers.
-        ValueError: a number that is neither 0 nor 1.
-    """
-    array = numeric(owner, name, values)
-    if array.dtype.kind != "b" and not ((array == 0) | (array == 1)).all():
-        raise ValueError(f"{owner}({name}=...): True or False (1 or 0) is needed for each transition.")
-    return array.astype(np.bool_, copy=False)
 
 
 def checked_rows(owner: str, rows: Any, size: int) -> IntArray:
@@ -77,9 +41,9 @@ def checked_lengths(lengths: Any) -> IntArray:
 
     Raises:
         TypeError: no integers.
-        ValueError: none, or one below 1.
+        ValueError: none, one below 1, or rows of different shapes.
     """
-    counts = np.asarray(lengths)
+    counts = numbers("Episodes", "lengths", lengths)
     if counts.size == 0:
         raise ValueError("Episodes(lengths=[]): at least one episode is needed.")
     if counts.dtype.kind not in "iu" or counts.ndim != 1:
@@ -96,9 +60,10 @@ def checked_returns(returns: Any, n: int) -> NDArray[np.float64]:
     """``returns`` as float64 (n,).
 
     Raises:
+        TypeError: anything but numbers.
         ValueError: another shape, or numbers that are not finite.
     """
-    array = np.asarray(returns, dtype=np.float64)
+    array = numbers("Episodes", "returns", returns).astype(np.float64)
     if array.shape != (n,):
         raise ValueError(f"Episodes(returns=...): {n} episodes need returns ({n},), not {array.shape}.")
     bad = ~np.isfinite(array)
@@ -127,27 +92,55 @@ def check_shapes(arrays: Mapping[str, Array], lengths: IntArray) -> None:
             raise ValueError(f"Episodes({name}=...): {there}; {name} must be ({size},), not {arrays[name].shape}.")
 
 
+def check_numbers(arrays: Mapping[str, Array], lengths: IntArray) -> None:
+    """Look at each observation and action, also at the observation after a terminal.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    offsets = offsets_of(lengths)
+    with_last = offsets + np.arange(len(offsets))
+    check_finite("Episodes", "observations", arrays["observations"], partial(_place, with_last, "observation"))
+    check_finite("Episodes", "actions", arrays["actions"], partial(_place, offsets, "step"))
+
+
 def check_steps(rewards: Array, terminals: Array, offsets: IntArray) -> None:
     """Look at each transition.
 
     Raises:
         ValueError: rewards that are not finite, terminals before the end of their episode.
     """
-    bad = np.flatnonzero(~np.isfinite(rewards))
-    if len(bad):
-        raise ValueError(f"Episodes(rewards=...): {len(bad)} are not finite, the first in {_step(bad[0], offsets)}.")
+    check_finite("Episodes", "rewards", rewards, partial(_place, offsets, "step"))
     ends = np.flatnonzero(terminals)
     early = ends[offsets[offsets.searchsorted(ends, side="right")] != ends + 1]
     if len(early):
         raise ValueError(
             f"Episodes(terminals=...): a terminal ends its episode, but {len(early)} are before the end of theirs, the "
-            f"first in {_step(early[0], offsets)}; the boundaries are wrong, or these are no terminals."
+            f"first in {_place(offsets, 'step', int(early[0]))}, from 0; the boundaries are wrong, or these are no "
+            f"terminals."
         )
 
 
-def _step(row: np.int64, offsets: IntArray) -> str:
-    episode = int(offsets.searchsorted(row, side="right")) - 1
-    return f"episode {episode}, step {row - offsets[episode]} of {offsets[episode + 1] - offsets[episode]}, from 0"
+def _place(starts: IntArray, what: str, row: int) -> str:
+    """Episode and step of a row, for an error; the episodes' rows start at ``starts`` (n + 1,)."""
+    episode = int(starts.searchsorted(row, side="right")) - 1
+    return f"episode {episode}, {what} {row - starts[episode]} of {starts[episode + 1] - starts[episode]}"
+
+
+def completed(arrays: Mapping[str, Array], lengths: IntArray, returns: Any) -> dict[str, Array]:
+    """The arrays of steps with what is computed from them, and ``returns``, None for the sums of the rewards.
+
+    Raises:
+        TypeError: returns that are no numbers.
+        ValueError: shapes that disagree, and see :func:`check_steps`, :func:`checked_returns` and :func:`to_go`.
+    """
+    check_shapes(arrays, lengths)
+    offsets = offsets_of(lengths)
+    check_steps(arrays["rewards"], arrays["terminals"], offsets)
+    sums = np.add.reduceat(arrays["rewards"], offsets[:-1], dtype=np.float64)
+    totals = sums if returns is None else checked_returns(returns, len(lengths))
+    computed = {"lengths": lengths, "returns": totals, "returns_to_go": to_go(arrays["rewards"], offsets, totals)}
+    return {**arrays, **computed}
 
 
 def offsets_of(lengths: IntArray) -> IntArray:
@@ -156,11 +149,23 @@ def offsets_of(lengths: IntArray) -> IntArray:
 
 
 def to_go(rewards: Array, offsets: IntArray, returns: NDArray[np.float64]) -> NDArray[np.float32]:
-    """What of the return was still to come before each transition: float32 (N,)."""
+    """What of the return was still to come before each transition: float32 (N,).
+
+    Raises:
+        ValueError: some of it is beyond float32.
+    """
     out = np.empty(len(rewards), dtype=np.float32)
     for number, (start, stop) in enumerate(pairwise(offsets.tolist())):
         to_come = np.cumsum(rewards[start:stop][::-1], dtype=np.float64)[::-1]
-        out[start:stop] = to_come + (returns[number] - to_come[0])  # a return may count rewards that are not stored
+        with np.errstate(over="ignore"):
+            out[start:stop] = to_come + (returns[number] - to_come[0])  # it may count rewards that are not stored
+    row = first_not_finite(out)
+    if row is not None:
+        raise ValueError(
+            f"Episodes(rewards=..., returns=...): returns_to_go are kept as float32, at most "
+            f"{np.finfo(np.float32).max:.1e}, but in {_place(offsets, 'step', row)}, from 0, more is to come; scale "
+            f"rewards and returns down."
+        )
     return out
 
 
@@ -177,7 +182,7 @@ def fill(out: Mapping[str, Array], episodes: Iterable[Mapping[str, Any]], length
 
     Raises:
         TypeError: arrays of anything but numbers.
-        ValueError: more or fewer episodes than lengths, or one whose arrays do not fit.
+        ValueError: more or fewer episodes than lengths, or one whose arrays do not fit or are not finite.
     """
     n, offsets, done = len(lengths), offsets_of(lengths), 0
     out["lengths"][:] = lengths
@@ -194,7 +199,9 @@ def fill(out: Mapping[str, Array], episodes: Iterable[Mapping[str, Any]], length
                     f"Episodes.from_iterable: episode {number}, of {lengths[number]} transitions, needs {name} "
                     f"{here.dtype}{here.shape}, as its length and the first episode say, not {part.dtype}{part.shape}."
                 )
-            here[...] = part
+            with np.errstate(over="ignore"):  # whole numbers may be beyond float16
+                here[...] = part
+            check_finite(_owner(number), name, here)
         done = number + 1
     if done != n:
         raise ValueError(f"Episodes.from_iterable: {n} lengths, but {done} episodes.")
@@ -205,12 +212,16 @@ def _parts(episode: Mapping[str, Any], number: int) -> Iterator[tuple[str, Array
     missing = [name for name in BY_STEP if name not in episode]
     if missing:
         raise ValueError(f"Episodes.from_iterable: episode {number} has no {', '.join(missing)}.")
-    owner = f"Episodes.from_iterable: episode {number} "
+    owner = _owner(number)
     rewards = as_rewards(owner, episode["rewards"])
-    with np.errstate(invalid="ignore"):  # rewards that are not finite are refused by the constructor
+    with np.errstate(invalid="ignore"):  # rewards that are not finite are refused when they are in their place
         returns = episode.get("returns", rewards.sum(dtype=np.float64))
     yield "rewards", rewards
     yield "observations", numeric(owner, "observations", episode["observations"])
     yield "actions", numeric(owner, "actions", episode["actions"])
     yield "terminals", as_flags(owner, "terminals", episode["terminals"])
-    yield "returns", np.asarray([returns], dtype=np.float64)
+    yield "returns", numbers(owner, "returns", returns)[None].astype(np.float64)
+
+
+def _owner(number: int) -> str:
+    return f"Episodes.from_iterable: episode {number} "

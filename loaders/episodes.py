@@ -15,21 +15,16 @@ from torch.utils.data import Dataset
 
 from samplewise.loaders.episode_arrays import (
     BY_STEP,
-    Array,
     IntArray,
-    as_flags,
-    as_rewards,
-    check_shapes,
-    check_steps,
+    check_numbers,
     checked_lengths,
-    checked_returns,
     checked_rows,
+    completed,
     fill,
     layout_of,
-    numeric,
     offsets_of,
-    to_go,
 )
+from samplewise.loaders.numeric import Array, as_flags, as_rewards, numeric
 from samplewise.loaders.table import Table, Version
 from samplewise.loaders.windows import Trajectories, Windows
 
@@ -44,12 +39,12 @@ class Episodes(Dataset[dict[str, Tensor]]):
 
         loader = DataLoader(with_ids(episodes), 256, sampler=sampler, collate_fn=collate_with_ids())
 
-    Arrays, tensors and lists are taken; float64 becomes float32, other dtypes stay.
+    Arrays, tensors and lists are taken; float64 and bfloat16 become float32, other dtypes stay.
 
     Args:
         observations: (N + n, ...): of episode i its T_i observations and then the one after its last transition, so
-            that transition r of episode i leads from row r + i to row r + i + 1. After a terminal that one is never
-            used for anything, and may be any.
+            that transition r of episode i leads from row r + i to row r + i + 1. After a terminal that one decides
+            nothing; any finite numbers do.
         actions: (N, ...).
         rewards: (N,).
         terminals: (N,): True where the episode ended in this transition, so that nothing can follow. An episode that
@@ -70,7 +65,7 @@ class Episodes(Dataset[dict[str, Tensor]]):
     Raises:
         TypeError: arrays of anything but numbers.
         ValueError: shapes that disagree, an episode without transitions, a terminal before the end of its episode,
-            rewards or returns that are not finite.
+            numbers that are not finite in the dtype that is kept, masked elements.
     """
 
     def __init__(
@@ -85,18 +80,14 @@ class Episodes(Dataset[dict[str, Tensor]]):
         meta: Mapping[str, Any] | None = None,
     ):
         counts = checked_lengths(lengths)
-        offsets = offsets_of(counts)
         arrays: dict[str, Array] = {
             "observations": numeric("Episodes", "observations", observations),
             "actions": numeric("Episodes", "actions", actions),
             "rewards": as_rewards("Episodes", rewards),
             "terminals": as_flags("Episodes", "terminals", terminals),
         }
-        check_shapes(arrays, counts)
-        check_steps(arrays["rewards"], arrays["terminals"], offsets)
-        sums = np.add.reduceat(arrays["rewards"], offsets[:-1], dtype=np.float64)
-        arrays |= {"lengths": counts, "returns": sums if returns is None else checked_returns(returns, len(counts))}
-        arrays["returns_to_go"] = to_go(arrays["rewards"], offsets, arrays["returns"])
+        arrays = completed(arrays, counts, returns)
+        check_numbers(arrays, counts)
         self._hold(arrays, dict(meta or {}), None)
 
     def _hold(self, arrays: Mapping[str, Array], meta: dict[str, Any], source: tuple[str, str] | None) -> None:
@@ -248,11 +239,12 @@ class Episodes(Dataset[dict[str, Tensor]]):
         if folder is None:
             arrays: dict[str, Array] = {name: np.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
             fill(arrays, items, counts)
-            return cls(**arrays, meta=notes)
+            made = cls.__new__(cls)
+            made._hold(completed(arrays, counts, arrays["returns"]), notes, None)
+            return made
         with _table(folder).writing({**layout, "returns_to_go": layout["rewards"]}, meta=notes) as stored:
             fill(stored, items, counts)
-            given: dict[str, Any] = {name: stored[name] for name in layout}
-            stored["returns_to_go"][:] = cls(**given).returns_to_go
+            stored["returns_to_go"][:] = completed(stored, counts, stored["returns"])["returns_to_go"]
         return cls.open(folder)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from samplewise.cuda_ext.checks import choice
-from samplewise.loaders.episode_arrays import BY_STEP, Array, IntArray, as_flags, as_rewards, numeric
+from samplewise.loaders.episode_arrays import BY_STEP, IntArray
 from samplewise.loaders.episodes import Episodes
+from samplewise.loaders.numeric import Array, as_flags, as_rewards, check_finite, first_not_finite, numeric
 
 Folder = str | os.PathLike[str] | None
 
@@ -34,7 +36,7 @@ def cut(owner: str, columns: Mapping[str, Any], unfinished: str, folder: Folder)
     }
     data |= flags
     _check_rows(owner, data, len(rewards))
-    check_finite(owner, rewards)
+    check_finite(owner, "rewards", rewards)
     stops = _stops(owner, np.logical_or.reduce([*flags.values()]), unfinished)
     starts = np.concatenate(([0], stops[:-1])).astype(np.int64)
     complete = flags["terminals"][stops - 1] | ("next_observations" in data)
@@ -74,15 +76,11 @@ def require(owner: str, names: Sequence[str], there: Mapping[str, Any]) -> None:
         raise ValueError(f"{owner}: {', '.join(missing)} missing; there are {', '.join(map(str, there))}.")
 
 
-def check_finite(owner: str, rewards: Array) -> None:
-    """Look at rewards (N,).
-
-    Raises:
-        ValueError: some are not finite.
-    """
-    bad = np.flatnonzero(~np.isfinite(rewards))
-    if len(bad):
-        raise ValueError(f"{owner}: {len(bad)} rewards are not finite, the first is number {bad[0]} (from 0).")
+def finished(observations: Array, terminal: bool) -> Array:
+    """Observations (T + 1, ...) of an episode; after a terminal the one before stands in for one that is not finite."""
+    if terminal and first_not_finite(observations[-1:]) is not None:
+        return np.concatenate((observations[:-1], observations[-2:-1]))
+    return observations
 
 
 def _sliceable(owner: str, name: str, values: Any) -> Any:
@@ -130,28 +128,41 @@ def _pieces(
     for start, length, alone, total in zip(starts.tolist(), lengths.tolist(), complete.tolist(), returns, strict=True):
         stop = start + length
         seen = numeric(owner, "observations", data["observations"][start : stop if alone else stop + 1])
+        check_finite(owner, "observations", seen, partial(_row, start))
         if alone:
             last = seen[-1:]
             if "next_observations" in data:
                 following = numeric(owner, "next_observations", data["next_observations"][start:stop])
-                _check_following(owner, seen, following, start)
+                _check_following(owner, data, seen, following, start)
                 last = following[-1:]
-            seen = np.concatenate((seen, last))
-        by_step = {name: data[name][start:stop] for name in ("actions", "rewards", "terminals")}
-        yield {"observations": seen, **by_step, "returns": total}
+            seen = finished(np.concatenate((seen, last)), data["terminals"][stop - 1])
+            check_finite(owner, "next_observations", seen[-1:], partial(_row, stop - 1))
+        actions = numeric(owner, "actions", data["actions"][start:stop])
+        check_finite(owner, "actions", actions, partial(_row, start))
+        by_step = {name: data[name][start:stop] for name in ("rewards", "terminals")}
+        yield {"observations": seen, "actions": actions, **by_step, "returns": total}
 
 
-def _check_following(owner: str, observations: Array, following: Array, start: int) -> None:
+def _row(start: int, row: int) -> str:
+    return f"row {start + row}"
+
+
+def _check_following(owner: str, data: Mapping[str, Any], observations: Array, following: Array, start: int) -> None:
     if following.shape != observations.shape:
         raise ValueError(
             f"{owner}(next_observations=...): their rows are {following.shape[1:]}, those of the observations "
             f"{observations.shape[1:]}."
         )
-    one, other = following[:-1], observations[1:]
-    same = ((one == other) | ((one != one) & (other != other))).all(axis=tuple(range(1, one.ndim)))
-    if not same.all():
-        row = start + int(same.argmin())
-        raise ValueError(
-            f"{owner}(next_observations=...): row {row} is not row {row + 1} of the observations, though no episode "
-            f"ends there; the boundaries (terminals, timeouts) or the order of the rows are wrong."
-        )
+    same = (following[:-1] == observations[1:]).all(axis=tuple(range(1, observations.ndim)))
+    if same.all():
+        return
+    row = start + int(same.argmin())
+    mine, theirs = (str(data[name].dtype).removeprefix("torch.") for name in ("next_observations", "observations"))
+    rounded = (
+        f", or numbers were rounded, as the dtypes differ, {mine} and {theirs}: cast one to the dtype of the other"
+    )
+    raise ValueError(
+        f"{owner}(next_observations=...): row {row} is not row {row + 1} of the observations, though no episode ends "
+        f"there; the boundaries (terminals, timeouts) or the order of the rows are wrong"
+        f"{rounded if mine != theirs else ''}."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,9 +53,13 @@ class _WithIdsBatched(_WithIds):
 def _attach(index: int, item: Any) -> Any:
     if not isinstance(item, Mapping):
         return index, item
-    if SAMPLE_ID in item:
-        raise ValueError(f"with_ids: item {index} has a key {SAMPLE_ID!r} of its own; give that column another name.")
+    _check_free(f"item {index}", item)
     return {**item, SAMPLE_ID: index}
+
+
+def _check_free(what: str, given: Mapping[str, Any]) -> None:
+    if SAMPLE_ID in given:
+        raise ValueError(f"with_ids: {what} has a key {SAMPLE_ID!r} of its own; give that column another name.")
 
 
 def with_ids(dataset: Any) -> _WithIds:
@@ -92,6 +97,7 @@ class collate_with_ids:  # used like a function; a class, so that it can be pick
 
     Raises:
         TypeError: anything else.
+        ValueError: when called, for a batch that has a ``"sample_id"`` of its own.
     """
 
     def __init__(self, collate: Callable[[Any], Any] | None = None):
@@ -114,7 +120,10 @@ class collate_with_ids:  # used like a function; a class, so that it can be pick
         return self._join(torch.tensor(ids, dtype=torch.int64), (self.collate or default_collate)(bare))
 
     def _join(self, ids: Tensor, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            _check_free("the batch", batch)
         if isinstance(batch, MutableMapping):
+            batch = copy.copy(batch)  # it may be the data set's own
             batch[SAMPLE_ID] = ids
             return batch
         return ids, batch

@@ -1,9 +1,9 @@
 """Offline RL data as :class:`Episodes`: from flat arrays, D4RL's files, Minari's data sets and rows of whole episodes.
 
 The observation after an episode's last transition is what these formats treat differently. Where they leave it out, a
-terminal transition is kept, since nothing is computed from what follows it, and the last observation stands in; the
-last transition of an episode that was cut off is dropped, since its next observation is unknown, but its reward counts
-in the episode's return.
+terminal transition is kept, since what follows it decides nothing, and the last observation stands in, as it does where
+the one after a terminal is not finite; the last transition of an episode that was cut off is dropped, since its next
+observation is unknown, but its reward counts in the episode's return.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from samplewise.cuda_ext.checks import optional_import
-from samplewise.loaders.episode_arrays import BY_STEP, as_flags, as_rewards, numeric
+from samplewise.loaders.episode_arrays import BY_STEP
 from samplewise.loaders.episodes import Episodes
-from samplewise.loaders.flat_episodes import Folder, check_finite, cut, require, with_transitions
+from samplewise.loaders.flat_episodes import Folder, cut, finished, require, with_transitions
+from samplewise.loaders.numeric import Array, as_flags, as_rewards, check_finite, numeric
 
 
 def read_arrays(
@@ -46,7 +47,7 @@ def read_arrays(
 
     Raises:
         TypeError: arrays of anything but numbers.
-        ValueError: lengths that disagree, rewards that are not finite, no end of an episode, nothing left, or next
+        ValueError: lengths that disagree, numbers that are not finite, no end of an episode, nothing left, or next
             observations that are not the observations of the next row.
     """
     columns = {
@@ -103,7 +104,8 @@ def read_minari(
         FileNotFoundError: it is not on this machine.
         ImportError: minari is not installed.
         TypeError: observations or actions that are no arrays.
-        ValueError: dicts of observations without keys or with wrong ones, episodes whose arrays do not fit.
+        ValueError: dicts of observations without keys or with wrong ones, episodes whose arrays do not fit or are not
+            finite.
     """
     if isinstance(observation_keys, str):
         raise TypeError(f"read_minari(observation_keys={observation_keys!r}): a list of keys is needed.")
@@ -138,9 +140,15 @@ def read_rows(
 
     Raises:
         TypeError: no sequence of mappings of numbers.
-        ValueError: keys that are missing, an empty row, lengths that disagree, rewards that are not finite, a done
+        ValueError: keys that are missing, an empty row, lengths that disagree, numbers that are not finite, a done
             before the last transition, or nothing left.
     """
+    if isinstance(rows, Mapping):
+        keys = [repr(key) for key in rows][:3] or ["'train'"]
+        raise TypeError(
+            f"read_rows({type(rows).__name__}): rows are needed, not a mapping with {', '.join(keys)}; take a split, "
+            f"for example rows[{keys[0]}], or, for one array a key, read_arrays."
+        )
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise TypeError(f"read_rows({type(rows).__name__}): a sequence is needed, for example an HF Dataset or a list.")
     names = dict(zip(BY_STEP, (observations, actions, rewards, dones), strict=True))
@@ -156,20 +164,20 @@ def _of_minari(episode: Any, keys: Sequence[str] | None) -> dict[str, Any]:
     if isinstance(episode.actions, (Mapping, tuple)):
         raise TypeError(f"read_minari: actions must be an array, but are a {type(episode.actions).__name__} of them.")
     return {
-        "observations": _joined(episode.observations, keys),
+        "observations": finished(_joined(episode.observations, keys), bool(np.any(episode.terminations[-1:]))),
         "actions": episode.actions,
         "rewards": episode.rewards,
         "terminals": episode.terminations,
     }
 
 
-def _joined(observations: Any, keys: Sequence[str] | None) -> Any:
+def _joined(observations: Any, keys: Sequence[str] | None) -> Array:
     if isinstance(observations, tuple):
         raise TypeError("read_minari: observations must be arrays or dicts of them, but are tuples.")
     if not isinstance(observations, Mapping):
         if keys is not None:
             raise ValueError(f"read_minari(observation_keys={keys!r}): the observations are arrays; leave it out.")
-        return observations
+        return numeric("read_minari", "observations", observations)
     if not keys:
         raise ValueError(
             f"read_minari(observation_keys={keys!r}): the observations are dicts; say which of "
@@ -192,7 +200,7 @@ def _of_row(row: Any, number: int, names: Mapping[str, str]) -> dict[str, Any]:
     rewards = as_rewards(f"{owner} ", row[names["rewards"]])
     if not rewards.size:
         raise ValueError(f"{owner} has no rewards; leave empty episodes out.")
-    check_finite(owner, rewards)
+    check_finite(f"{owner} ", names["rewards"], rewards, "step {}".format)
     seen, actions = (numeric(f"{owner} ", names[name], row[names[name]]) for name in ("observations", "actions"))
     dones = row.get(names["terminals"])
     terminals = np.zeros(len(rewards), np.bool_) if dones is None else as_flags(f"{owner} ", names["terminals"], dones)
@@ -210,9 +218,12 @@ def _of_row(row: Any, number: int, names: Mapping[str, str]) -> dict[str, Any]:
     if len(seen) == size and terminals[-1]:
         seen = np.concatenate((seen, seen[-1:]))
     size = len(seen) - 1
+    seen, actions = finished(seen, terminals[-1]), actions[:size]
+    check_finite(f"{owner} ", names["observations"], seen, "observation {}".format)
+    check_finite(f"{owner} ", names["actions"], actions, "step {}".format)
     return {
         "observations": seen,
-        "actions": actions[:size],
+        "actions": actions,
         "rewards": rewards[:size],
         "terminals": terminals[:size],
         "returns": rewards.sum(dtype=np.float64),

@@ -3,7 +3,7 @@
 - `hopper-mixed` (of the transitions 45 % are low, 45 % medium and 10 % expert behaviour), `hopper-low` (90 % low, 10 %
   expert), `hopper-medium` (90 % medium, 10 % expert), and the same three of `pendulum`: simulated once, see `collect`;
 - `lottery` and `stitch`: see `toy_tasks`;
-- `minari:NAME`: a data set of Minari, downloaded if need be;
+- `minari:NAME`: a data set of Minari, downloaded if need be; of tasks with goals, what is observed and the goal;
 - the path of an HDF5 file in D4RL's layout, with the environment's name.
 
 All are memory-mapped from the cache, so that processes can share them.
@@ -32,7 +32,7 @@ from samplewise.recipes.collect import (
     save,
     silent,
 )
-from samplewise.recipes.rollouts import MINARI, random_policy, rollouts
+from samplewise.recipes.rollouts import MINARI, bounds_of, environments, goal_keys, random_policy, rollouts
 
 TOY_NAMES, TOY_TRANSITIONS = ("lottery", "stitch"), 20_000
 NAMES = (*MIXES, *TOY_NAMES)
@@ -150,12 +150,15 @@ def _minari(name: str, say: Say) -> Task:
     changed = max(file.stat().st_mtime_ns for file in place.rglob("*"))
     configuration = {"version": VERSION, "data": name, "path": str(place), "time": changed, **sizes}
     label = name.replace(":", "-").replace("/", "--")
-    folder = cached(label, configuration, lambda folder: read_minari(dataset, folder=folder), say)
+    keys = goal_keys(dataset.observation_space)
+    folder = cached(
+        label, configuration, lambda folder: read_minari(dataset, observation_keys=keys, folder=folder), say
+    )
     episodes = Episodes.open(folder)
     given = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
     if None not in given:
         source = "From Minari, with its reference scores."
-        return Task(name, name, episodes, float(given[0]), float(given[1]), source)
+        return _checked(Task(name, name, episodes, float(given[0]), float(given[1]), source))
     return _measured(name, name, episodes, "From Minari")
 
 
@@ -179,4 +182,27 @@ def _measured(name: str, env_id: str, episodes: Episodes, source: str) -> Task:
     """With the return of random actions for 0, and the best of the data for 100."""
     returns = rollouts(env_id, random_policy(env_id, 0), episodes=REFERENCE_EPISODES, seed=0)
     source = f"{source}; score 0 is random actions, 100 its best trajectory."
-    return Task(name, env_id, episodes, float(returns.mean()), float(episodes.returns.max()), source)
+    return _checked(Task(name, env_id, episodes, float(returns.mean()), float(episodes.returns.max()), source))
+
+
+def _checked(task: Task) -> Task:
+    """Recorded data, if they can be those of their environment.
+
+    Raises:
+        ValueError: actions that are no bounded vectors, other shapes, or nothing better than random actions.
+    """
+    with environments(task.env_id, 1) as (env,):
+        bounds_of(env)
+        for what, space in (("observations", env.observation_space), ("actions", env.action_space)):
+            there = getattr(task.episodes, what).shape[1:]
+            if there != space.shape:
+                raise ValueError(
+                    f"{task.name}: {what} have the shape {there} in the data and {space.shape} in {task.env_id}: these "
+                    f"are not data of that environment."
+                )
+    if task.expert_return <= task.random_return:
+        raise ValueError(
+            f"{task.name}: the return {task.expert_return:g} that would be score 100 is not above that of score 0, "
+            f"{task.random_return:g}: there is nothing in the data that is better than random actions."
+        )
+    return task

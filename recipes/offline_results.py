@@ -1,6 +1,7 @@
 """From rollouts to results of the offline RL recipe: normalised scores, paired differences, files, report."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,8 @@ def distributions(task: Task, arms: Sequence[Arm], options: "OfflineRlOptions") 
     """How each arm weighs the trajectories of a data set: figures by arm, and shares of the return's bins."""
     returns = task.episodes.returns
     edges = np.histogram_bin_edges(returns, BINS)
-    found: dict[str, Any] = {"edges": edges.tolist(), "arms": {}}
+    counts = np.histogram(returns, edges)[0]
+    found: dict[str, Any] = {"edges": edges.tolist(), "shares": (counts / counts.sum()).tolist(), "arms": {}}
     for arm in arms:
         weights, figures = distribution(arm, task.episodes, options)
         shares = np.histogram(returns, edges, weights=weights)[0]
@@ -195,6 +197,7 @@ def report_page(results: Row, runs: Sequence[Run]) -> Page:
 
 def _data_section(data: Row, results: Row, runs: Sequence[Run]) -> Section:
     name = data["name"]
+    file = re.sub(r"[^\w.-]+", "-", name)
     agents = list(dict.fromkeys(run.agent for run in runs))
     arms = [ARMS[arm] for arm in data["arms"]]
     rows = [row for row in results["summary"] if row["data"] == name]
@@ -211,7 +214,7 @@ def _data_section(data: Row, results: Row, runs: Sequence[Run]) -> Section:
             for b in data["behaviours"]
         ]  # fmt: skip
         parts.append(Table(["behaviour", "trajectories", "transitions", "return"], made))
-    parts.append(Picture(f"{name}-returns", _histogram(data), _HISTOGRAM))
+    parts.append(Picture(f"{file}-returns", _histogram(data), _HISTOGRAM))
     header_weights = ["arm", "effective number of trajectories", "expected return", "as a score"]
     parts.append(Table(header_weights, [cells[1:] for cells in _distribution_cells(data)]))
     parts.append(Table(header, [_cells(row)[1:] for row in rows]))
@@ -219,19 +222,18 @@ def _data_section(data: Row, results: Row, runs: Sequence[Run]) -> Section:
         own = [run for run in runs if run.agent == agent]
         points = [[run.score for run in own if run.arm == arm] for arm in arms]
         png = dots([arm.label for arm in arms], points, [arm.colour for arm in arms], x=f"{LABELS[agent]}: score")
-        parts.append(Picture(f"{name}-{agent}", png, _DOTS))
-        parts.append(Picture(f"{name}-{agent}-curves", _curves(own, arms, LABELS[agent]), _CURVES))
+        parts.append(Picture(f"{file}-{agent}", png, _DOTS))
+        parts.append(Picture(f"{file}-{agent}-curves", _curves(own, arms, LABELS[agent]), _CURVES))
     return Section(name, parts)
 
 
 def _histogram(data: Row) -> bytes:
-    shares = {arm: figures["shares"] for arm, figures in data["arms"].items() if arm != "rs2"}
-    base = shares.pop(BASE, None)
-    if base is None:
-        base = [0.0] * BINS
+    shares = {arm: figures["shares"] for arm, figures in data["arms"].items() if arm not in (BASE, "rs2")}
     over = {ARMS[arm].label: values for arm, values in shares.items()}
     colours = [ARMS[arm].colour for arm in shares]
-    return histogram(data["edges"], base, over, colours, x="return of a trajectory", y="share of the trajectories")
+    return histogram(
+        data["edges"], data["shares"], over, colours, x="return of a trajectory", y="share of the trajectories"
+    )
 
 
 def _curves(runs: Sequence[Run], arms: Sequence[Arm], label: str) -> bytes:
@@ -251,7 +253,7 @@ _NOTE = (
 )
 _HISTOGRAM = (
     "Returns of the trajectories (bars), and how each arm weighs them (lines): the share of its draws if all "
-    "trajectories were equally long."
+    "trajectories were equally long, and without the priorities of replay."
 )
 _DOTS = "A dot for each seed, a bar for their mean, a band of one standard deviation to each side."
 _CURVES = "Mean of the rollouts as training goes on, and one standard deviation over the seeds."

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from samplewise.callbacks import SamplingCallback  # samplewise
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
+from samplewise.recipes.assets import AssetError
 from samplewise.recipes.common import is_writable, surroundings
 from samplewise.recipes.offline_agents import AGENTS, Agent, Scaling
 from samplewise.recipes.offline_arms import ARMS
@@ -101,12 +102,15 @@ class OfflineRlOptions:
             ValueError: one line for each option that breaks its rule.
         """
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        files = [name for name in self.data if Path(name).is_file() and name not in NAMES]
         unknown = [name for name in self.data if not is_known(name)]
         replay = {name for name in self.arms if name in ARMS and ARMS[name].replay}
         rules = [
             ("data", bool(self.data), f"needs at least one of {', '.join(NAMES)}, minari:NAME or an HDF5 file"),
             ("data", not unknown, f"there are {', '.join(NAMES)}, minari:NAME and paths of HDF5 files"),
             ("data", len(set(self.data)) == len(self.data), "names a data set twice"),
+            ("env", self.env is not None or not files, f"must be given, it is that of {', '.join(files)}"),
+            ("env", self.env is None or bool(files), "is for D4RL files, and there is none in data"),
             ("transitions", self.transitions >= 1000, "must be >= 1000"),
             ("agents", bool(self.agents) and set(self.agents) <= set(AGENTS), f"there are {', '.join(AGENTS)}"),
             ("agents", len(set(self.agents)) == len(self.agents), "names an agent twice"),
@@ -177,12 +181,19 @@ def train(
     return module
 
 
+def _load(name: str, **given: Any) -> Task:
+    try:
+        return load_task(name, **given)
+    except ValueError as error:
+        raise AssetError(f"{name}: cannot be used: {error}") from error
+
+
 def run(options: OfflineRlOptions) -> dict[str, Any]:
     """Train everything, write the results, print the table; gives what `results.json` holds.
 
     Raises:
         ValueError: wrong options, all of them at once.
-        AssetError: a data set could not be had.
+        AssetError: a data set could not be had, or is not what it should be.
     """
     options.validate()
     begin = perf_counter()
@@ -190,7 +201,10 @@ def run(options: OfflineRlOptions) -> dict[str, Any]:
     total = len(options.data) * len(options.agents) * len(options.arms) * options.seeds
     with surroundings(0), Bars(total) as bars:
         given: dict[str, Any] = {"env": options.env, "say": bars.say, "count": bars.count}
-        tasks = {name: load_task(name, transitions=options.transitions, **given) for name in options.data}
+        tasks = {name: _load(name, transitions=options.transitions, **given) for name in options.data}
+        names = [task.name for task in tasks.values()]
+        if len(set(names)) < len(names):
+            raise AssetError(f"data: {', '.join(names)}: results need different names: rename one of the files")
         for task in tasks.values():
             size = f"{task.episodes.num_episodes:,} trajectories, {len(task.episodes):,} transitions"
             bars.say(f"{task.name}: {size}. {task.source}")

@@ -155,14 +155,18 @@ def run_all(jobs: Sequence[Job], train: Train, bars: Bars) -> Iterator[Run]:
             for job in jobs:
                 yield run_one(job, train, [bars.begin(job.name)])
         return
+    others = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent) as pool:
-        futures = [pool.submit(_run_alone, job, train) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent)
+    try:
+        for future in as_completed([pool.submit(_run_alone, job, train) for job in jobs]):
+            yield future.result()
+    except BaseException:  # an interrupt too: nobody waits for what is being trained
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:

@@ -1,5 +1,6 @@
 """Environments by name, and policies acting in them, several episodes a step at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from samplewise.loaders.seeding import derive
 Policy = Callable[[np.ndarray], np.ndarray]
 NumberedPolicy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 MINARI = "minari:"
+GOAL_KEYS = ("observation", "desired_goal")
 
 
 class Played(NamedTuple):
@@ -45,10 +47,28 @@ def make_env(env_id: str) -> Any:
         return ENVIRONMENTS[env_id]()
     try:
         if minari is not None:
-            return minari.load_dataset(env_id.removeprefix(MINARI)).recover_environment(eval_env=True)
+            return _with_goal(minari.load_dataset(env_id.removeprefix(MINARI)).recover_environment(eval_env=True))
         return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError, OSError, ValueError) as error:  # ImportError: of its own packages
         raise ValueError(f"make_env(env_id={env_id!r}): {error}") from error
+
+
+def goal_keys(space: Any) -> tuple[str, ...] | None:
+    """What is taken of a dictionary of observations in a task with goals: what is observed, and the goal."""
+    return GOAL_KEYS if set(GOAL_KEYS) <= set(getattr(space, "spaces", ())) else None
+
+
+def _with_goal(env: Any) -> Any:
+    """The environment, with `goal_keys` as one vector."""
+    keys = goal_keys(env.observation_space)
+    if keys is None:
+        return env
+    from gymnasium.spaces import Box
+    from gymnasium.wrappers import TransformObservation
+
+    width = sum(math.prod(env.observation_space[key].shape) for key in keys)
+    space = Box(-np.inf, np.inf, (width,), np.float64)
+    return TransformObservation(env, lambda seen: np.concatenate([np.ravel(seen[key]) for key in keys]), space)
 
 
 @contextmanager

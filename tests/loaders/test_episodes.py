@@ -10,7 +10,7 @@ import torch
 from episodes_support import LENGTHS, assert_same, flat, is_mapped, made, simulated
 from torch.utils.data import DataLoader, Subset
 
-from samplewise.loaders import SAMPLE_ID, Episodes, Table, collate_with_ids, with_ids
+from samplewise.loaders import SAMPLE_ID, Episodes, Table, collate_with_ids, episode_arrays, with_ids
 from support import Everything
 
 N = sum(LENGTHS)
@@ -262,10 +262,19 @@ def changed(name, index, value):
         (
             changed("rewards", [5, 8], np.nan),
             ValueError,
-            r"rewards=...\): 2 are not finite, the first in episode 2, step 1",
+            r"rewards=...\): all numbers must be finite as float32, .* first in episode 2, step 1 of 7, from 0",
         ),
-        (changed("rewards", 26, -np.inf), ValueError, "1 are not finite, the first in episode 6, step 0 of 1"),
-        ({"rewards": [1e300] * N}, ValueError, "27 are not finite, the first in episode 0, step 0 of 3"),
+        (changed("rewards", 26, -np.inf), ValueError, r"rewards=...\): .* finite .* first in episode 6, step 0 of 1"),
+        ({"rewards": [1e300] * N}, ValueError, r"rewards=...\): .* finite .* first in episode 0, step 0 of 3"),
+        (
+            changed("actions", (5, 1), np.nan),
+            ValueError,
+            r"actions=...\): .* finite .* first in episode 2, step 1 of 7",
+        ),
+        (changed("observations", (0, 1, 1), np.inf), ValueError, "first in episode 0, observation 0 of 4, from 0"),
+        (changed("observations", 3, np.nan), ValueError, "first in episode 0, observation 3 of 4"),  # after a terminal
+        ({"observations": [[0.0]] * 33 + [[1e200]]}, ValueError, "as float32, .* in episode 6, observation 1 of 2"),
+        ({"actions": np.full(N, np.inf, np.float16)}, ValueError, r"actions=...\): .* finite as float16"),
         (
             changed("terminals", [1, 13], True),
             ValueError,
@@ -277,6 +286,20 @@ def changed(name, index, value):
             ValueError,
             r"returns=...\): those of episodes 2, 5 are not finite",
         ),
+        ({"returns": ["1"] * 7}, TypeError, r"returns=...\): an array of numbers is needed, not of <U1"),
+        ({"returns": [[1.0], [1.0, 2.0]]}, ValueError, r"returns=...\): rows of one shape"),
+        (
+            {"returns": [0.0] * 6 + [1e308]},
+            ValueError,
+            r"at most 3.4e\+38, .* episode 6, step 0 of 1, .*; scale",
+        ),
+        (
+            {"rewards": [-3e38] * N},
+            ValueError,
+            r"returns=...\): returns_to_go are .* float32, .* episode 0, step 0",
+        ),
+        ({"lengths": [[1], [1, 2]]}, ValueError, r"lengths=...\): rows of one shape"),
+        ({"lengths": np.ma.masked_equal(LENGTHS, 7)}, ValueError, r"lengths=...\): masks are not kept"),
         ({"actions": ["left"] * N}, TypeError, "an array of numbers is needed, not of <U4"),
         ({"observations": [[1], [1, 2]]}, ValueError, "rows of one shape are needed"),
         ({"observations": None}, TypeError, r"observations=...\): an array of numbers is needed, not of object"),
@@ -285,6 +308,15 @@ def changed(name, index, value):
 def test_refused(given, error, message):
     with pytest.raises(error, match=message):
         made(**given)
+
+
+def test_opened_it_is_not_looked_at_again(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(episode_arrays, "check_finite", lambda owner, name, *rest: looks.append(name))
+    made().save(tmp_path)
+    assert looks == ["rewards", "observations", "actions"]
+    Episodes.open(tmp_path)
+    assert len(looks) == 3
 
 
 def test_other_folders_are_refused(tmp_path):

@@ -64,9 +64,23 @@ def without(name):
         ),
         ({"terminals": [True, False]}, LENGTHS, ValueError, r"needs terminals bool\(1,\)"),
         ({"actions": [["a", "b"]]}, LENGTHS, TypeError, r"episode 1 \(actions=...\): an array of numbers"),
-        ({"rewards": [np.nan]}, LENGTHS, ValueError, "1 are not finite, the first in episode 1, step 0"),
+        ({"rewards": [np.nan]}, LENGTHS, ValueError, r"episode 1 \(rewards=...\): .* finite as float32, .* row 0"),
+        (
+            {"actions": [[0.0, 1e200]]},
+            LENGTHS,
+            ValueError,
+            r"episode 1 \(actions=...\): .* finite as float32, .* row 0",
+        ),
+        (
+            {"observations": np.float32([[[1, 2], [3, 4]], [[5, 6], [7, np.inf]]])},
+            LENGTHS,
+            ValueError,
+            r"episode 1 \(observations=...\): .* finite as float32, .* row 1, from 0; correct",
+        ),
         ({"rewards": None}, LENGTHS, TypeError, "episode 1 .*numbers"),
-        ({"returns": np.nan}, LENGTHS, ValueError, "those of episodes 1 are not finite"),
+        ({"returns": np.nan}, LENGTHS, ValueError, r"episode 1 \(returns=...\): .* finite as float64"),
+        ({"returns": "1"}, LENGTHS, TypeError, r"episode 1 \(returns=...\): an array of numbers"),
+        ({"returns": 1e308}, LENGTHS, ValueError, "at most 3.4e.38, but in episode 1, step 0 of 1"),
         (None, LENGTHS, ValueError, "episode 1 has no actions"),
     ],
 )
@@ -87,5 +101,9 @@ def test_dtypes_that_do_not_fit():
     assert Episodes.from_iterable(episodes, [1, 1]).actions[1].tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"episode 1, .* needs actions int64\(1, 2\), .* not float32"):
         Episodes.from_iterable(episodes[::-1], [1, 1])
+    episodes[0]["actions"] = np.float16([[1, 2]])
+    episodes[1]["actions"] = np.array([[1, 70000]])
+    with pytest.raises(ValueError, match=r"episode 1 \(actions=...\): all numbers must be finite as float16"):
+        Episodes.from_iterable(episodes, [1, 1])
     with pytest.raises(ValueError, match="2 lengths, but no episode"):
         Episodes.from_iterable([], [1, 1])

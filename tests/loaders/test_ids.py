@@ -151,8 +151,32 @@ def test_mistakes():
     for items in ([1, 2], [(torch.ones(1), 2)], [(1, 2, 3)]):
         with pytest.raises(TypeError, match="with_ids"):
             collate_with_ids(keep)(items)
-    with pytest.raises(ValueError, match="another name"):
+
+
+class Named(Batched):
+    """Its batches have ids of their own."""
+
+    def __getitems__(self, indices):
+        return {SAMPLE_ID: torch.tensor(indices) + 70}
+
+
+@pytest.mark.parametrize("collate", [None, keep])
+def test_a_key_of_the_same_name_is_refused(collate):
+    message = "with_ids: {} has a key 'sample_id' of its own; give that column another name"
+    with pytest.raises(ValueError, match=message.format("item 0")):
         with_ids([{SAMPLE_ID: 77}])[0]
+    loader = DataLoader(with_ids(Named(as_list=False)), batch_size=4, collate_fn=collate_with_ids(collate))
+    with pytest.raises(ValueError, match=message.format("the batch")):
+        next(iter(loader))
+
+
+def test_a_batch_that_the_data_set_keeps_is_not_written_into():
+    data, batch = Batched(as_list=False), {"x": torch.zeros(6)}
+    data.__class__ = type("Kept", (Batched,), {"__getitems__": lambda self, indices: batch})
+    loader = DataLoader(with_ids(data), batch_size=6, collate_fn=collate_with_ids())
+    for _ in range(2):
+        assert set(next(iter(loader))) == {"x", SAMPLE_ID}
+    assert set(batch) == {"x"}
 
 
 @pytest.mark.parametrize(

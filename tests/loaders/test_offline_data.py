@@ -174,10 +174,28 @@ def test_images_stay_bytes(tmp_path):
     assert batch["actions"].tolist() == [4, 0]
 
 
-def test_unknown_observations_may_be_nan():
-    given = columns()
-    given["observations"][5] = given["next_observations"][4] = np.nan
-    assert np.isnan(read_arrays(**given).observations).any()
+def test_after_a_terminal_the_last_observation_stands_in_for_nan(folder, in_minari):
+    """With float64 it is beyond float32 that counts; nothing given is written into."""
+    expected = simulated()
+    for episode, terminal in zip(expected, ENDED, strict=True):
+        if terminal:
+            episode["observations"][-1] = episode["observations"][-2]
+    episodes = simulated()
+    for number, bad in ((0, np.nan), (2, np.inf), (3, 1e200), (6, np.nan)):
+        episodes[number]["observations"] = episodes[number]["observations"].astype(np.float64)
+        episodes[number]["observations"][-1, 0, 1] = bad
+    for read in (
+        lambda: read_arrays(**columns(episodes), folder=folder),
+        lambda: read_d4rl(columns(episodes), folder=folder),
+        lambda: read_rows(rows_of(episodes), folder=folder),
+        lambda: read_minari(in_minari([buffer(episode) for episode in episodes]), folder=folder),
+    ):
+        assert_same(read(), made(expected))
+    assert np.isnan(episodes[0]["observations"][-1, 0, 1])
+    spoilt = columns(episodes)
+    spoilt["next_observations"][3] = np.nan  # episode 1 was cut off there
+    with pytest.raises(ValueError, match=r"next_observations=...\): .* finite as float32, .* in row 3, from 0"):
+        read_arrays(**spoilt)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

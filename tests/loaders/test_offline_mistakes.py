@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import pytest
+import torch
 from episodes_support import LENGTHS, columns, in_hdf5, rows_of, simulated, without
 
 from samplewise.loaders.offline_data import read_arrays, read_d4rl, read_rows
@@ -14,6 +15,12 @@ def shuffled():
     """The rows of one episode in another order."""
     order = [*range(4), 5, 4, *range(6, N)]
     return {name: values[order] if name == "observations" else values for name, values in columns().items()}
+
+
+def spoilt(name, row):
+    given = columns()
+    given[name][row, 0] = np.nan
+    return given
 
 
 @pytest.mark.parametrize(
@@ -29,7 +36,29 @@ def shuffled():
         ({**columns(), "next_observations": np.zeros((2, 2, 2))}, ValueError, r"next_observations=...\): .*N = 27"),
         ({**columns(), "next_observations": np.zeros((N, 2))}, ValueError, r"rows are \(2,\), those .* \(2, 2\)"),
         ({**columns(), "rewards": np.zeros((N, 1))}, ValueError, r"rewards=...\): .* its shape is \(27, 1\)"),
-        ({**columns(), "rewards": [0.0] * 20 + [np.nan] * 7}, ValueError, r"7 rewards are not finite.* number 20"),
+        (
+            {**columns(), "rewards": [0.0] * 20 + [np.nan] * 7},
+            ValueError,
+            r"rewards=...\): .* finite .* row 20, from 0",
+        ),
+        (spoilt("actions", 5), ValueError, r"actions=...\): all numbers must be finite as float32, .* row 5, from 0"),
+        (
+            spoilt("observations", 11),
+            ValueError,
+            r"observations=...\): all numbers must be finite as float32, .* row 11",
+        ),
+        (spoilt("next_observations", 4), ValueError, "row 4 is not row 5 of the observations"),
+        ({**columns(), "observations": np.ma.masked_less(columns()["observations"], 0)}, ValueError, "masks are not"),
+        (
+            {**columns(), "observations": columns()["observations"].astype(np.float16)},
+            ValueError,
+            "row 0 is not row 1 .* or numbers were rounded, as the dtypes differ, float32 and float16: cast one to",
+        ),
+        (
+            {**columns(), "observations": torch.from_numpy(columns()["observations"]).bfloat16()},
+            ValueError,
+            "row 0 is not row 1 .* the dtypes differ, float32 and bfloat16: cast one to",
+        ),
         ({**columns(), "terminals": [3] * N}, ValueError, r"terminals=...\): True or False"),
         ({**columns(), "actions": ["left"] * N}, TypeError, r"actions=...\): an array of numbers"),
         ({**columns(), "rewards": None}, TypeError, r"rewards=...\): an array of numbers"),
@@ -71,7 +100,9 @@ def row(**given):
     [
         (row(rewards=[]), ValueError, "row 1 has no rewards; leave empty episodes out"),
         (row(observations=[], actions=[], rewards=[], dones=[]), ValueError, "row 1 has no rewards"),
-        (row(rewards=[0.0] * 6 + [np.nan]), ValueError, r"row 1: 1 rewards are not finite, the first is number 6"),
+        (row(rewards=[0.0] * 6 + [np.nan]), ValueError, r"row 1 \(rewards=...\): .* finite .* step 6, from 0"),
+        (row(actions=[[0.0, 1e39]] * 7), ValueError, r"row 1 \(actions=...\): .* finite as float32, .* step 0, from 0"),
+        (row(observations=[[[np.nan]]] * 8), ValueError, r"row 1 \(observations=...\): .* finite .* observation 0, "),
         (row(rewards=[0.0] * 6), ValueError, r"row 1 must have T .* but has 7, \(6,\), \(7,\) and 8"),
         (row(observations=row()["observations"][:6]), ValueError, r"but has 7, \(7,\), \(7,\) and 6"),
         (row(actions=[[0.0, 0.0]]), ValueError, r"but has 1, "),
@@ -96,6 +127,9 @@ def test_empty_hf_rows():
 def test_rows_of_another_kind():
     with pytest.raises(TypeError, match=r"read_rows\(generator\): a sequence is needed"):
         read_rows(item for item in [row()])
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list([row()]))
+    with pytest.raises(TypeError, match=r"read_rows\(DatasetDict\): .* with 'train'; take a split, .* rows\['train'\]"):
+        read_rows(splits)
     with pytest.raises(ValueError, match="at least one episode"):
         read_rows([])
     with pytest.raises(ValueError, match="finished missing; there are observations, actions, rewards, dones"):

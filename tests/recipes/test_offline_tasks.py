@@ -13,6 +13,7 @@ from episodes_support import is_mapped
 from samplewise.recipes.assets import AssetError
 from samplewise.recipes.collect import MIXES, SEARCHES
 from samplewise.recipes.offline_data import NAMES, Task, is_known, load_task
+from samplewise.recipes.offline_rl import OfflineRlOptions, run
 from samplewise.recipes.random_search import Search
 from samplewise.recipes.rollouts import random_policy, rollouts
 from samplewise.recipes.toy_tasks import TOYS
@@ -312,3 +313,80 @@ def test_scores():
     assert task.score(-300.0) == -20
     halves = np.full(20_000, 299.9, np.float16)
     assert task.score(halves) == pytest.approx(100 * (float(halves[0]) + 200) / 500)
+
+
+# --- data that do not fit, and through the recipe ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["observations", "actions"])
+def test_data_of_another_environment(tmp_path, what):
+    episodes = [{**episode, what: np.repeat(episode[what], 2, axis=1)} for episode in recorded()]
+    path = write_file(tmp_path / "swing.hdf5", episodes)
+    with pytest.raises(ValueError, match=rf"swing: {what} have the shape \(\d,\) in the data and \(\d,\) in Short-v0"):
+        load(path, env="Short-v0")
+
+
+def test_data_without_anything_better_than_random_actions(tmp_path):
+    poor = [{**episode, "rewards": [reward - 100 for reward in episode["rewards"]]} for episode in recorded()]
+    with pytest.raises(ValueError, match=r"swing: the return -\d+.* is not above that of score 0, -\d+"):
+        load(write_file(tmp_path / "swing.hdf5", poor), env="Short-v0")
+    about = {"num_episodes_average_score": 5, "ref_min_score": -3.0, "ref_max_score": -400.0}
+    with pytest.raises(ValueError, match="that would be score 100 is not above"):
+        load(write_minari(recorded(), **about))
+
+
+def recipe(tmp_path, data, **changes):
+    given = {"steps": 4, "evaluations": 1, "episodes": 1, "hidden": 4, "batch_size": 8, "seeds": 1, "jobs": 1}
+    given |= {"data": data, "agents": ["iql"], "arms": ["rw", "aw"], "out": str(tmp_path / "out")}
+    return OfflineRlOptions(**{**given, **changes})
+
+
+def test_a_task_with_goals_through_the_recipe(tmp_path, monkeypatch):
+    class WithGoal(gymnasium.ObservationWrapper):
+        """Speed to be had, position as it is."""
+
+        def __init__(self, env):
+            super().__init__(env)
+            box = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+            names = {"achieved_goal": box, "desired_goal": box, "observation": env.observation_space}
+            self.observation_space = gymnasium.spaces.Dict(names)
+
+        def observation(self, seen):
+            return {"achieved_goal": seen[2:], "desired_goal": np.full(1, 7, np.float32), "observation": seen}
+
+    plain = minari.MinariDataset.recover_environment
+    monkeypatch.setattr(minari.MinariDataset, "recover_environment", lambda *a, **given: WithGoal(plain(*a, **given)))
+    episodes = [
+        {
+            **episode,
+            "observations": {
+                "achieved_goal": np.array(episode["observations"])[:, 2:],
+                "desired_goal": np.full((STEPS + 1, 1), 7, np.float32),
+                "observation": np.array(episode["observations"]),
+            },
+        }
+        for episode in recorded()
+    ]
+    name = write_minari(episodes, observation_space=WithGoal(gymnasium.make("Short-v0")).observation_space)
+    assert (load(name).episodes.observations[:, 3] == 7).all()
+    results = run(recipe(tmp_path, [name]))
+    assert [row["data"] for row in results["summary"]] == [name, name]
+    assert (tmp_path / "out" / "plots" / "minari-test-swing-v0-returns.png").is_file()
+    assert sum(results["data"][0]["shares"]) == pytest.approx(1)
+    assert results["data"][0]["shares"] != results["data"][0]["arms"]["aw"]["shares"]
+
+
+def test_the_recipe_says_what_is_wrong_with_files(tmp_path):
+    paths = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        paths.append(write_file(tmp_path / str(number) / "swing.hdf5", recorded()))
+    with pytest.raises(AssetError, match="swing, swing: results need different names"):
+        run(recipe(tmp_path, paths, env="Short-v0"))
+    with pytest.raises(ValueError, match=r"env=None: must be given, it is that of .*swing.hdf5"):
+        run(recipe(tmp_path, paths[:1]))
+    with pytest.raises(ValueError, match="env='Short-v0': is for D4RL files, and there is none in data"):
+        run(recipe(tmp_path, ["lottery"], env="Short-v0"))
+    with pytest.raises(AssetError, match=r"swing.hdf5: cannot be used: make_env\(env_id='Shrt-v0'\)"):
+        run(recipe(tmp_path, paths[:1], env="Shrt-v0"))
+    assert not (tmp_path / "out").exists()
