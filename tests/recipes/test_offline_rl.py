@@ -152,6 +152,35 @@ def test_workers_end_when_the_run_is_killed(tmp_path):
     raise AssertionError("the worker goes on")
 
 
+ONE_FAILS = """
+import time
+from samplewise.recipes.offline_arms import ARMS
+from samplewise.recipes.offline_data import load_task
+from samplewise.recipes.offline_rl import OfflineRlOptions
+from samplewise.recipes.offline_runs import Job, run_all
+
+
+def train(agent, task, options, seed, **given):
+    if seed == 0:
+        raise RuntimeError("seed 0 went wrong")
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    options, task = OfflineRlOptions(jobs=2), load_task("lottery", transitions=2000)
+    for run in run_all([Job(task, "bc", ARMS["uniform"], seed, options) for seed in (0, 1)], train, None):
+        pass
+"""
+
+
+def test_what_goes_wrong_ends_the_other_trainings(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(ONE_FAILS)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1
+    assert "seed 0 went wrong" in done.stderr
+
+
 def runs(stat):
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
