@@ -2,7 +2,7 @@
 
     python -m samplewise.recipes.offline_rl          # Hopper and Pendulum, 3 seeds, about 25 minutes on 2 CPU cores
     samplewise run offline_rl --data minari:mujoco/hopper/medium-v0 --accelerator gpu --steps 200000
-    samplewise run offline_rl --data '[lottery, stitch]' --steps 1000       # where reweighting goes wrong
+    samplewise run offline_rl --data '[lottery, stitch]' --steps 1000 --evaluations 1 --episodes 100   # where it fails
 
 Simulates a few good and many bad trajectories of each environment (once: they are kept in the cache), or loads those of
 Minari or D4RL, and trains BC, TD3+BC and IQL on batches that are drawn uniformly (and by RS2), by return (RW), by
