@@ -147,8 +147,9 @@ def histogram(
     """Bars of the shares `base` of B bins with `edges` (B + 1), and a stepped line for each of the shares `over`."""
     figure, (axes,) = _panels(1, height=3.3)
     axes.stairs(base, edges, fill=True, color=COLOURS[0], alpha=0.25, label="data")
-    for (name, shares), index in zip(over.items(), colours, strict=True):
-        axes.stairs(shares, edges, color=COLOURS[index % len(COLOURS)], linewidth=1.8, label=name)
+    for place, ((name, shares), index) in enumerate(zip(over.items(), colours, strict=True)):
+        width = 1.5 + 1.5 * (len(over) - 1 - place)  # where lines coincide, the earlier ones are seen beside the last
+        axes.stairs(shares, edges, color=COLOURS[index % len(COLOURS)], linewidth=width, label=name)
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
     _axis(axes, epochs=False, share=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -9,6 +9,7 @@ observation is unknown, but its reward counts in the episode's return.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,16 +75,30 @@ def read_d4rl(
         folder: where to keep the episodes, memory-mapped; None: in memory.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ImportError: a file, and h5py is not installed.
         TypeError: neither a mapping nor a path.
         ValueError: keys that are missing, and as for :func:`read_arrays`.
     """
     if isinstance(source, (str, os.PathLike)):
-        with optional_import("read_d4rl", "h5py", "rl").File(source, "r") as file:
-            return read_d4rl(file, unfinished=unfinished, folder=folder)
+        h5py = optional_import("read_d4rl", "h5py", "rl")
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"read_d4rl: {os.fspath(source)}: there is no such file.")
+        with h5py.File(source, "r") as file:
+            return _of_d4rl(file, unfinished, folder)
     if not isinstance(source, Mapping):
         raise TypeError(f"read_d4rl({type(source).__name__}): a mapping or the path of an HDF5 file is needed.")
+    return _of_d4rl(source, unfinished, folder)
+
+
+def _of_d4rl(source: Mapping[str, Any], unfinished: str, folder: Folder) -> Episodes:
     require("read_d4rl", BY_STEP, source)
+    if "timeouts" not in source and "next_observations" not in source:
+        warnings.warn(
+            "read_d4rl: there are neither timeouts nor next_observations, so that only terminals end an episode: those "
+            "that were cut off run into the next ones, and their returns are sums of both. Add timeouts, bool (N,).",
+            stacklevel=3,
+        )
     columns = {name: source.get(name) for name in (*BY_STEP, "timeouts", "next_observations")}
     return cut("read_d4rl", columns, unfinished, folder)
 
@@ -198,6 +213,11 @@ def _of_row(row: Any, number: int, names: Mapping[str, str]) -> dict[str, Any]:
     optional = names["terminals"] == "dones"
     require(owner, [key for name, key in names.items() if not (name == "terminals" and optional)], row)
     rewards = as_rewards(f"{owner} ", row[names["rewards"]])
+    if rewards.ndim == 0:
+        raise ValueError(
+            f"{owner} has a single reward; a row must be a whole episode: for a transition a row, give the columns to "
+            f"read_arrays."
+        )
     if not rewards.size:
         raise ValueError(f"{owner} has no rewards; leave empty episodes out.")
     check_finite(f"{owner} ", names["rewards"], rewards, "step {}".format)

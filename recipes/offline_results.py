@@ -1,6 +1,7 @@
 """From rollouts to results of the offline RL recipe: normalised scores, paired differences, files, report."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -140,7 +141,7 @@ def write_results(
     page = report_page(results, runs).write(out / "report.html")
     header = ["data", "agent", "arm", "score", "against uniform", "return", "s"]
     print_table(console, header, [_cells(row) for row in rows])
-    header = ["data", "arm", "trajectories (ESS)", "expected return", "as a score"]
+    header = ["data", "arm", "trajectories (ESS)", "expected return", "as a score", "R² of the value"]
     print_table(console, header, [cells for data in results["data"] for cells in _distribution_cells(data)])
     print_end(console, results["findings"], f"{seconds:.0f} s in all. Report: {page.resolve()}")
     return results
@@ -164,7 +165,7 @@ def _distribution_cells(data: Row) -> list[list[str]]:
     return [
         [
             data["name"], arm, f"{f['ess']:.1f} of {data['trajectories']:,}", f"{f['expected_return']:.1f}",
-            f"{f['score']:.1f}",
+            f"{f['score']:.1f}", f"{f['value_r2']:.2f}" if "value_r2" in f else "",
         ]
         for arm, f in data["arms"].items()
     ]  # fmt: skip
@@ -179,7 +180,8 @@ def report_page(results: Row, runs: Sequence[Run]) -> Page:
     lead = [
         f"{', '.join(data['name'] for data in results['data'])}; {options['steps']:,} steps of "
         f"{options['batch_size']} transitions, {options['seeds']} seed(s); each policy is rolled out "
-        f"{options['episodes']} times. Scores: 0 is what random actions get, 100 the expert."
+        f"{options['episodes']} times. Scores: 0 is what random actions get, "
+        "100 the expert, or what is named with the data."
     ]
     sections = [Section("Results", [_NOTE, *results["findings"]])]
     for data in results["data"]:
@@ -215,7 +217,12 @@ def _data_section(data: Row, results: Row, runs: Sequence[Run]) -> Section:
         ]  # fmt: skip
         parts.append(Table(["behaviour", "trajectories", "transitions", "return"], made))
     parts.append(Picture(f"{file}-returns", _histogram(data), _HISTOGRAM))
-    header_weights = ["arm", "effective number of trajectories", "expected return", "as a score"]
+    above = math.sqrt(next(iter(data["arms"].values()))["positive_variance"])
+    parts.append(
+        f"Above their mean, the trajectories' returns deviate by {above:.1f} (the root of E[(G - E G)+^2]): where that "
+        f"is small, there is nothing to choose."
+    )
+    header_weights = ["arm", "effective number of trajectories", "expected return", "as a score", "R² of the value"]
     parts.append(Table(header_weights, [cells[1:] for cells in _distribution_cells(data)]))
     parts.append(Table(header, [_cells(row)[1:] for row in rows]))
     for agent in agents:
@@ -249,7 +256,9 @@ def _curves(runs: Sequence[Run], arms: Sequence[Arm], label: str) -> bytes:
 _NOTE = (
     "± is one standard deviation over the seeds; differences to uniform draws are paired by seed, and called better or "
     "worse where they exceed their standard error. All arms take as many gradient steps, from the same weights for the "
-    "same seed. With three seeds a standard error is itself uncertain."
+    "same seed. With three seeds a standard error is itself uncertain. Expected returns are those of the trajectories "
+    "in the data, which may start elsewhere than the rollouts. R² of the value: how much of the returns' variance the "
+    "first observations explain, of trajectories held out; at or below 0, RW is the better choice than AW."
 )
 _HISTOGRAM = (
     "Returns of the trajectories (bars), and how each arm weighs them (lines): the share of its draws if all "

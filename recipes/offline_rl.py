@@ -50,7 +50,7 @@ class OfflineRlOptions:
     Args:
         data: some of hopper-mixed, hopper-low, hopper-medium, the same three of pendulum, lottery, stitch,
             minari:NAME, or the path of a D4RL HDF5 file
-        env: the gymnasium environment of a D4RL file
+        env: the gymnasium environment of the D4RL files
         transitions: simulated for each data set
         agents: bc, td3_bc, iql
         arms: uniform, rw, aw, top, rs2; replay (transitions prioritised by their TD error) and replay_aw (both) for

@@ -71,9 +71,9 @@ def test_offline_rl(names, capsys):
     exec(BLOCKS[4], names)
     assert "expected_return" in capsys.readouterr().out
     sampler, data = names["sampler"], names["data"]
-    assert sampler.ledger.updates == 1000
+    assert sampler.ledger.updates == 2000
     drawn = np.add.reduceat(sampler.ledger.column("count").numpy(), data.offsets[:-1])
-    assert drawn.sum() == 256_000
+    assert drawn.sum() == 512_000
     assert drawn[data.returns.argmax()] > drawn[data.returns.argmin()]
 
 

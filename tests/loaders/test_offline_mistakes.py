@@ -87,6 +87,8 @@ def test_d4rl_that_is_refused(tmp_path):
         read_d4rl(in_hdf5(tmp_path, without("rewards")))
     with pytest.raises(TypeError, match=r"read_d4rl\(list\): a mapping or the path"):
         read_d4rl([1])
+    with pytest.raises(FileNotFoundError, match=r"read_d4rl: .*nowhere.hdf5: there is no such file"):
+        read_d4rl(tmp_path / "nowhere.hdf5")
     with pytest.raises(ValueError, match=r"read_d4rl\(next_observations=...\): row 4 "):
         read_d4rl(shuffled())
 
@@ -111,6 +113,7 @@ def row(**given):
         (without("actions", row()), ValueError, "row 1: actions missing; there are observations, rewards, dones"),
         (row(actions=[["a", "b"]] * 7), TypeError, r"row 1 \(actions=...\): an array of numbers"),
         ([1, 2], TypeError, "row 1 must be a mapping, not list"),
+        (row(rewards=1.0), ValueError, "row 1 has a single reward; .* for a transition a row, .* read_arrays"),
     ],
 )
 def test_rows_that_are_refused(second, error, message):
@@ -136,3 +139,12 @@ def test_rows_of_another_kind():
         read_rows([row()], dones="finished")
     with pytest.raises(ValueError, match="state missing"):
         read_rows(datasets.Dataset.from_list([row()]), observations="state")
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_d4rl_without_anything_that_tells_of_cuts_is_warned_of(tmp_path, in_file):
+    given = without("next_observations")
+    del given["timeouts"]
+    with pytest.warns(UserWarning, match="only terminals end an episode") as caught:
+        read_d4rl(in_hdf5(tmp_path, given) if in_file else given, unfinished="keep")
+    assert caught[0].filename == __file__
