@@ -7,7 +7,7 @@ tenth. Careful play brings 16, bold play 10 on average; what is to be learned fr
 `stitch`: no episode shows it all. A corridor leads from A = (0, 0) up to B = (0, 1) and right to C = (1, 1); each of up
 to 50 steps costs 1 until C is reached. Some episodes begin at A, go up to B and stay about there; the others begin at B
 and go to C, with far better returns. The task begins at A: its way is in the data, the first half of it in episodes
-that draws by return leave out. (Draws by advantage compare them with what their start promises, and keep them.)
+that draws by return leave out. (Draws by advantage compare them with what their start promises, and keep some.)
 """
 
 from collections.abc import Callable, Mapping
