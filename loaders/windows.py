@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,9 @@ class _Pieces(Dataset[dict[str, Tensor]]):
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         return {name: values[0] for name, values in self.__getitems__([row]).items()}
 
+    @abstractmethod
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The whole batch, each tensor (B, H, ...)."""
-        raise NotImplementedError
 
     def _padded(self, numbers: IntArray, first: IntArray, horizon: int) -> dict[str, Tensor]:
         """Steps first .. first + horizon - 1 of episodes ``numbers``, both (B,); zeros where there are none."""

@@ -9,7 +9,8 @@ difference error), N items and the probabilities b_j by which they would be draw
 
 The weights only ever lower a loss: a single item without error, hardly ever drawn, has the largest and lowers all
 others. What differs from the public code: no tree of partial sums, which rounding wears down, but a float64 sum of all
-items for each plan; the largest weight is that of all items, not that of the batch; the base b is any distribution.
+items for each plan, which draws each item as often as is due, rounded at random (`draw_with_replacement`; the paper
+stratifies too); the largest weight is that of all items, not that of the batch; the base b is any distribution.
 """
 
 from __future__ import annotations
@@ -76,20 +77,3 @@ def importance_weights(
     largest = np.divide(target, drawn, out=np.zeros(drawn.size), where=drawn > 0).max()
     weights: npt.NDArray[np.float32] = ((target[ids] / drawn[ids] / largest) ** beta).astype(np.float32)
     return weights
-
-
-def draw_independently(probabilities: Float64Array, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """`count` independent draws, in random order: int64 (count,); items of probability 0 are never drawn.
-
-    Args:
-        probabilities: float64 (N,), >= 0, not all 0, on any scale.
-        count: number of draws.
-        rng: the generator.
-    """
-    line = np.cumsum(probabilities)
-    marks = rng.random(count)
-    marks *= line[-1]  # below the sum after rounding too, as a number below 1 is at most 1 - 2^-53
-    marks.sort()  # ascending, a search is ten times faster
-    ids = np.searchsorted(line, marks, side="right")
-    rng.shuffle(ids)
-    return ids

@@ -23,6 +23,7 @@ from samplewise.plugins import priorities as replay
 from samplewise.plugins import trajectory_weights as formulas
 from samplewise.plugins.alias import AliasTable
 from samplewise.plugins.trajectory_data import Trajectories
+from samplewise.plugins.weights import draw_with_replacement
 
 Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -161,7 +162,8 @@ class TrajectorySampler(PlannedSampler):
                 f"observe(ids, losses, scores=errors)."
             )
         drawn = replay.prioritised(base, p, self.priority_alpha, mix=self.mix)
-        ids = replay.draw_independently(drawn, self.draws, rng)
+        ids = draw_with_replacement(drawn, self.draws, rng)
+        rng.shuffle(ids)
         return Plan(ids, replay.importance_weights(target, drawn, ids, beta))
 
     def draw(self, count: int, rng: np.random.Generator) -> IntArray:

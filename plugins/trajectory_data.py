@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from samplewise.loaders.draws import some
+from samplewise.loaders.numeric import numbers
 from samplewise.plugins.weights import check_weights
 
 Float64Array = npt.NDArray[np.float64]
@@ -53,7 +53,7 @@ class Trajectories:
         if (weights is None) == (mode == "weights"):
             raise ValueError(f"{owner}(mode={mode!r}): weights, (n,), go with mode='weights', and with no other.")
         if weights is not None:
-            weights = check_weights(owner, "weights", as_array(weights)).astype(np.float64)
+            weights = check_weights(owner, "weights", numbers(owner, "weights", weights)).astype(np.float64)
             if weights.size != returns.size:
                 raise ValueError(f"{owner}(weights=...): there are {weights.size} for {returns.size} trajectories.")
         return cls(returns, lengths, first_obs, weights)
@@ -90,9 +90,7 @@ def check_values(owner: str, name: str, values: Any, size: int | None = None, *,
         TypeError: no real numbers.
         ValueError: another shape, none, or some that are not finite (`hint` says what to do about it).
     """
-    array = as_array(values)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{owner}({name}=...): {name} must be real numbers, not {array.dtype}.")
+    array = numbers(owner, name, values)
     if array.ndim != 1 or array.size == 0 or size not in (None, array.size):
         shape = "(n,), n >= 1" if size is None else f"({size},)"
         raise ValueError(f"{owner}({name}=...): {name} must have shape {shape}, one a trajectory, not {array.shape}.")
@@ -108,9 +106,7 @@ def check_observations(owner: str, first_obs: Any, size: int) -> Float64Array:
         TypeError: no real numbers.
         ValueError: another number than `size` of them, or some that are not finite.
     """
-    array = as_array(first_obs)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{owner}(first_obs=...): first_obs must be real numbers, not {array.dtype}.")
+    array = numbers(owner, "first_obs", first_obs)
     if array.ndim == 0 or len(array) != size:
         raise ValueError(
             f"{owner}(first_obs=...): first_obs must be ({size}, ...), one observation a trajectory, not {array.shape}."
@@ -118,14 +114,6 @@ def check_observations(owner: str, first_obs: Any, size: int) -> Float64Array:
     features = array.reshape(size, -1).astype(np.float64)
     _check_finite(owner, "first_obs", np.all(np.isfinite(features), axis=1), "drop these trajectories")
     return features
-
-
-def as_array(values: Any) -> npt.NDArray[Any]:
-    """An array, a tensor anywhere or a sequence as an array."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.dtype == torch.bfloat16 else values
-    return np.asarray(values)
 
 
 def _check_finite(owner: str, name: str, finite: npt.NDArray[np.bool_], hint: str) -> None:
@@ -141,7 +129,7 @@ def check_lengths(owner: str, lengths: Any, size: int) -> IntArray:
         TypeError: no integers.
         ValueError: another number of them, or some below 1.
     """
-    array = as_array(lengths)
+    array = numbers(owner, "lengths", lengths)
     if array.shape != (size,):
         raise ValueError(f"{owner}(lengths=...): lengths must be ({size},), one a trajectory, not {array.shape}.")
     if array.dtype.kind not in "iu":

@@ -16,7 +16,7 @@ import numpy as np
 
 from samplewise.loaders.episodes import Episodes
 from samplewise.loaders.seeding import generator
-from samplewise.recipes.assets import AssetError, cache_folder
+from samplewise.recipes.assets import AssetError, Say, cache_folder
 from samplewise.recipes.random_search import LinearPolicy, Search, Snapshot, search
 from samplewise.recipes.rollouts import (
     Played,
@@ -32,7 +32,6 @@ from samplewise.recipes.rollouts import (
 VERSION = 1
 REFERENCE_EPISODES = 20
 AT_ONCE = 16
-Say = Callable[[str], None]
 
 
 class Count(Protocol):

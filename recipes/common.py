@@ -20,6 +20,8 @@ from rich.table import Table as RichTable
 from samplewise.callbacks.page import Table
 
 Row = Mapping[str, Any]
+Rule = tuple[str, bool, str]
+"""The name of an option, whether its rule holds, and the rule."""
 
 
 @contextlib.contextmanager
@@ -36,6 +38,24 @@ def surroundings(threads: int) -> Iterator[None]:
     finally:
         log.setLevel(level)
         torch.set_num_threads(before)
+
+
+def check_options(options: Any, rules: Sequence[Rule]) -> None:
+    """Check a recipe's `rules`, and those that all recipes have, of `seeds`, `accelerator` and `out`.
+
+    Raises:
+        ValueError: one line for each option that breaks its rule.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    shared: list[Rule] = [
+        ("seeds", options.seeds >= 1, "is the number of repeats and must be >= 1"),
+        ("accelerator", options.accelerator != "gpu" or cuda, "torch finds no GPU; use cpu"),
+        ("accelerator", options.accelerator != "mps" or mps, "torch finds no MPS device; use cpu"),
+        ("out", is_writable(Path(options.out)), "is no folder that can be written"),
+    ]
+    errors = [f"{name}={getattr(options, name)!r}: {rule}" for name, holds, rule in [*rules, *shared] if not holds]
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def is_writable(folder: Path) -> bool:

@@ -18,14 +18,13 @@ import numpy as np
 from samplewise.cuda_ext.checks import integer, optional_import
 from samplewise.loaders.episodes import Episodes
 from samplewise.loaders.offline_data import read_d4rl, read_minari
-from samplewise.recipes.assets import AssetError
+from samplewise.recipes.assets import AssetError, Say
 from samplewise.recipes.collect import (
     MIXES,
     REFERENCE_EPISODES,
     SEARCHES,
     VERSION,
     Count,
-    Say,
     cached,
     collect,
     gather,

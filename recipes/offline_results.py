@@ -109,7 +109,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write results, CSV files and the report into `options.out`, print the table; gives what `results.json` holds."""
     arms = [ARMS[name] for name in options.arms]
-    place = {name: number for number, name in enumerate((*options.data, *options.agents, *options.arms))}
+    place: dict[str, int] = {name: number for number, name in enumerate((*options.agents, *options.arms))}
     names = {task.name: number for number, task in enumerate(tasks)}
     runs = sorted(runs, key=lambda run: (names[run.data], place[run.agent], place[run.arm.name], run.seed))
     rows = summarise(runs)

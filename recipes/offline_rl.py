@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from samplewise.callbacks import SamplingCallback  # samplewise
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
 from samplewise.recipes.assets import AssetError
-from samplewise.recipes.common import is_writable, surroundings
+from samplewise.recipes.common import Rule, check_options, surroundings
 from samplewise.recipes.offline_agents import AGENTS, Agent, Scaling
 from samplewise.recipes.offline_arms import ARMS
 from samplewise.recipes.offline_data import NAMES, Task, is_known, load_task
@@ -101,11 +101,10 @@ class OfflineRlOptions:
         Raises:
             ValueError: one line for each option that breaks its rule.
         """
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         files = [name for name in self.data if Path(name).is_file() and name not in NAMES]
         unknown = [name for name in self.data if not is_known(name)]
         replay = {name for name in self.arms if name in ARMS and ARMS[name].replay}
-        rules = [
+        rules: list[Rule] = [
             ("data", bool(self.data), f"needs at least one of {', '.join(NAMES)}, minari:NAME or an HDF5 file"),
             ("data", not unknown, f"there are {', '.join(NAMES)}, minari:NAME and paths of HDF5 files"),
             ("data", len(set(self.data)) == len(self.data), "names a data set twice"),
@@ -128,20 +127,14 @@ class OfflineRlOptions:
                 self.steps >= 1 and self.steps % max(1, self.evaluations) == 0,
                 "must be a multiple of evaluations",
             ),
-            ("seeds", self.seeds >= 1, "is the number of repeats and must be >= 1"),
             ("batch_size", self.batch_size >= 1, "must be >= 1"),
             ("hidden", self.hidden >= 1, "must be >= 1"),
             ("lr", self.lr > 0, "must be > 0"),
             ("discount", 0 <= self.discount < 1, "must be in [0, 1)"),
             ("episodes", self.episodes >= 1, "must be >= 1"),
-            ("accelerator", self.accelerator != "gpu" or cuda, "torch finds no GPU; use cpu"),
-            ("accelerator", self.accelerator != "mps" or mps, "torch finds no MPS device; use cpu"),
             ("jobs", self.jobs >= 0, "must be >= 0; 0 chooses"),
-            ("out", is_writable(Path(self.out)), "is no folder that can be written"),
         ]
-        errors = [f"{name}={getattr(self, name)!r}: {rule}" for name, holds, rule in rules if not holds]
-        if errors:
-            raise ValueError("\n".join(errors))
+        check_options(self, rules)
 
     @property
     def processes(self) -> int:

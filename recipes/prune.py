@@ -15,7 +15,6 @@ bookkeeping apart.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -36,7 +35,7 @@ from samplewise.cuda_ext import sample_losses  # samplewise
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
 from samplewise.plugins.clustering import BINS
 from samplewise.recipes.arms import Arm, make_sampler, make_schedule, plan_arms
-from samplewise.recipes.common import is_writable, surroundings
+from samplewise.recipes.common import Rule, check_options, surroundings
 from samplewise.recipes.data import Task, as_is, load_task
 from samplewise.recipes.models import build
 from samplewise.recipes.progress import Bars
@@ -106,8 +105,7 @@ class PruneOptions:
         Raises:
             ValueError: one line for each option that breaks its rule.
         """
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        rules = [
+        rules: list[Rule] = [
             ("train_size", self.train_size >= 0, "is a number of samples, 0 for all"),
             ("label_noise", 0 <= self.label_noise < 1, "is a share and must be in [0, 1)"),
             ("methods", bool(self.methods), f"needs at least one of {', '.join(get_args(Method))}"),
@@ -116,7 +114,6 @@ class PruneOptions:
             ("methods", set(self.methods) <= set(get_args(Method)), f"there are {', '.join(get_args(Method))}"),
             ("controls", set(self.controls) <= set(get_args(Control)), f"there are {', '.join(get_args(Control))}"),
             ("epochs", self.epochs >= 1, "must be >= 1"),
-            ("seeds", self.seeds >= 1, "is the number of repeats and must be >= 1"),
             ("batch_size", self.batch_size >= 1, "must be >= 1"),
             ("lr", self.lr > 0, "must be > 0"),
             ("model", self.model != "cnn" or self.data != "nycflights", "a table needs auto or mlp"),
@@ -126,16 +123,11 @@ class PruneOptions:
             ("seta_groups", 1 <= self.seta_groups <= BINS, f"must be in [1, {BINS}]"),
             ("seta_window", 0 < self.seta_window <= 1, "is a share of the groups and must be in (0, 1]"),
             ("anneal_from", 0 <= self.anneal_from <= 1, "is a share of the epochs and must be in [0, 1]"),
-            ("accelerator", self.accelerator != "gpu" or cuda, "torch finds no GPU; use cpu"),
-            ("accelerator", self.accelerator != "mps" or mps, "torch finds no MPS device; use cpu"),
             ("devices", self.devices >= 1, "must be >= 1"),
             ("workers", self.workers >= 0, "must be >= 0"),
             ("threads", self.threads >= 0, "must be >= 0; 0 leaves torch's choice"),
-            ("out", is_writable(Path(self.out)), "is no folder that can be written"),
         ]
-        errors = [f"{name}={getattr(self, name)!r}: {rule}" for name, holds, rule in rules if not holds]
-        if errors:
-            raise ValueError("\n".join(errors))
+        check_options(self, rules)
 
 
 class Classifier(LightningModule):

@@ -17,7 +17,6 @@ with in-batch negatives.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -34,7 +33,7 @@ from samplewise.callbacks.negatives import RefreshHardNegatives
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
 from samplewise.loaders.negatives import CollateRetrieval, RetrievalDataset  # samplewise
 from samplewise.plugins.adore import AdoreLoss
-from samplewise.recipes.common import is_writable, surroundings
+from samplewise.recipes.common import Rule, check_options, surroundings
 from samplewise.recipes.corpus import Collection
 from samplewise.recipes.encoder import Encoder, Tokenizer
 from samplewise.recipes.progress import Bars
@@ -125,14 +124,12 @@ class RetrievalOptions:
         Raises:
             ValueError: one line for each option that breaks its rule.
         """
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        rules = [
+        rules: list[Rule] = [
             ("documents", self.documents >= 0, "is a number of documents, 0 for all"),
             ("arms", bool(self.arms), f"needs at least one of {', '.join(ARMS)}"),
             ("arms", len(set(self.arms)) == len(self.arms), "names an arm twice"),
             ("arms", set(self.arms) <= set(get_args(Name)), f"there are {', '.join(ARMS)}"),
             ("steps", self.steps >= 2, "must be >= 2"),
-            ("seeds", self.seeds >= 1, "is the number of repeats and must be >= 1"),
             ("batch_size", self.batch_size >= 2, "must be >= 2: the other queries' documents are negatives"),
             ("negatives", 1 <= self.negatives <= self.depth, "must be in [1, depth]"),
             ("skip", self.skip >= 0, "is a number of documents and must be >= 0"),
@@ -146,15 +143,10 @@ class RetrievalOptions:
             ("refresh", self.refresh >= 1, "must be >= 1"),
             ("rs2_ratio", 0 < self.rs2_ratio <= 1, "is the share of the queries in an epoch and must be in (0, 1]"),
             ("max_length", self.max_length >= 3, "must be >= 3"),
-            ("accelerator", self.accelerator != "gpu" or cuda, "torch finds no GPU; use cpu"),
-            ("accelerator", self.accelerator != "mps" or mps, "torch finds no MPS device; use cpu"),
             ("workers", self.workers >= 0, "must be >= 0"),
             ("threads", self.threads >= 0, "must be >= 0; 0 leaves torch's choice"),
-            ("out", is_writable(Path(self.out)), "is no folder that can be written"),
         ]
-        errors = [f"{name}={getattr(self, name)!r}: {rule}" for name, holds, rule in rules if not holds]
-        if errors:
-            raise ValueError("\n".join(errors))
+        check_options(self, rules)
 
     @property
     def device(self) -> str:

@@ -6,7 +6,8 @@ import torch
 from frequencies import assert_drawn_by
 
 from samplewise.plugins import TrajectorySampler
-from samplewise.plugins.priorities import draw_independently, importance_weights, priorities, prioritised
+from samplewise.plugins.priorities import importance_weights, priorities, prioritised
+from samplewise.plugins.weights import draw_with_replacement
 
 NAN = np.nan
 
@@ -103,33 +104,31 @@ def test_draws_of_any_capacity_pass_chi_square(size):
     p = rng(size).random(size) ** 2
     p[rng(1).random(size) < 0.2] = 0
     p[-1] = 0.5
-    assert_drawn_by(draw_independently(p, 400_000, rng(2)), p)
+    assert_drawn_by(draw_with_replacement(p, 400_000, rng(2)), p)
 
 
 def test_draws_are_in_random_order():
-    drawn = draw_independently(np.ones(1000), 10_000, rng(3))
+    drawn = planned(replay([1000], num_samples=10_000), seed=3).ids
     pairs = np.mean(drawn[1:] > drawn[:-1])
     assert abs(pairs - 0.4995) <= 5 * np.sqrt(1 / 12 / 10_000)  # consecutive comparisons are negatively correlated
 
 
 def test_draws_sum_in_float64():
     """A float32 sum stays at 2^24 when ones are added to it: 5 standard errors."""
-    drawn = draw_independently(np.ones(2**24 + 2**22), 100_000, rng(4))
+    drawn = draw_with_replacement(np.ones(2**24 + 2**22), 100_000, rng(4))
     assert abs(np.mean(drawn >= 2**24) - 0.2) <= 5 * np.sqrt(0.2 * 0.8 / 100_000)
 
 
 def test_draws_at_the_edges_of_the_generator_stay_on_drawable_items():
     class Edge:
-        shuffle = staticmethod(lambda ids: None)
-
         def __init__(self, value):
-            self.random = lambda count: np.full(count, value)
+            self.random = lambda: value
 
     for size in (3, 1000, 4097):
         p = np.full(size, 0.1)
         p[[0, -1]] = 0
-        assert draw_independently(p, 1, Edge(0.0))[0] == 1
-        assert draw_independently(p, 1, Edge(1 - 2.0**-53))[0] == size - 2
+        assert draw_with_replacement(p, 1, Edge(0.0))[0] == 1
+        assert draw_with_replacement(p, 1, Edge(1 - 2.0**-53))[0] == size - 2
 
 
 # --- the sampler ------------------------------------------------------------------------------------------------------
