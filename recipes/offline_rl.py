@@ -1,6 +1,6 @@
 """Offline RL on mixed data, with and without reweighting: what the good trajectories give, and when they lie.
 
-    python -m samplewise.recipes.offline_rl          # Hopper and Pendulum, 3 seeds, about 25 minutes on 2 CPU cores
+    python -m samplewise.recipes.offline_rl          # Hopper and Pendulum, 3 seeds, half an hour on 2 CPU cores
     samplewise run offline_rl --data minari:mujoco/hopper/medium-v0 --accelerator gpu --steps 200000
     samplewise run offline_rl --data '[lottery, stitch]' --steps 1000 --evaluations 1 --episodes 100   # where it fails
 

@@ -5,21 +5,9 @@ import warnings
 import numpy as np
 import pytest
 from frequencies import assert_drawn_by
+from trajectories_support import FIRST, LENGTHS, MODES, RETURNS
 
 from samplewise.plugins import TrajectorySampler
-
-RETURNS = np.array([3.0, 10.0, -2.0, 7.0, 10.0, 0.0, 5.0])
-LENGTHS = np.array([4, 1, 30, 2, 6, 50, 7])
-FIRST = np.random.default_rng(0).normal(size=(7, 2))
-MODES = {
-    "rw": {"mode": "rw", "alpha": 0.4},
-    "aw": {"mode": "aw", "alpha": 0.4, "first_obs": FIRST},
-    "aw of the paper": {"mode": "aw", "alpha": 0.4, "first_obs": FIRST, "ridge": 0, "folds": 1},
-    "top": {"mode": "top", "top": 0.2},
-    "uniform": {"mode": "uniform"},
-    "weights": {"mode": "weights"},
-    "clipped": {"mode": "rw", "alpha": 0.2, "clip_quantile": 0.2},
-}
 
 
 def make(returns=RETURNS, lengths=LENGTHS, **options):
