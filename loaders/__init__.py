@@ -8,6 +8,7 @@ from samplewise.loaders.options import SamplerOptions
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.ragged import Ragged
 from samplewise.loaders.sampler import PlannedSampler
+from samplewise.loaders.schedule import FixedSchedule, Schedule
 from samplewise.loaders.table import Table
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "CollateRetrieval",
     "DistinctBatches",
     "Episodes",
+    "FixedSchedule",
     "Plan",
     "PlannedSampler",
     "Ragged",
     "RetrievalDataset",
     "SamplerOptions",
+    "Schedule",
     "Table",
     "collate_with_ids",
     "corpus_fingerprint",
