@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 from samplewise.callbacks.budget import BudgetSchedule
 
 if TYPE_CHECKING:
+    from samplewise.callbacks.bits import SwitchBits
     from samplewise.callbacks.lightning import SamplingCallback
     from samplewise.callbacks.negatives import RefreshHardNegatives
     from samplewise.callbacks.report import SamplingReport
 
-__all__ = ["BudgetSchedule", "RefreshHardNegatives", "SamplingCallback", "SamplingReport"]
+__all__ = ["BudgetSchedule", "RefreshHardNegatives", "SamplingCallback", "SamplingReport", "SwitchBits"]
 
 _EXTRAS = {
     "RefreshHardNegatives": ("negatives", "lightning"),
     "SamplingCallback": ("lightning", "lightning"),
     "SamplingReport": ("report", "lightning,report"),
+    "SwitchBits": ("bits", "lightning"),
 }
 
 

@@ -37,3 +37,12 @@ def gather_rows(*tensors: Tensor) -> list[Tensor]:
         dist.all_gather(parts, padded)
         gathered.append(torch.cat([part[:n].cpu() for part, n in zip(parts, counts, strict=True)]))
     return gathered
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of all ranks' values, of any shape, where ``value`` is; the tensor itself without ranks. Collective."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()

@@ -89,8 +89,12 @@ class Schedule(ABC):
         self.seed = integer(owner, "seed", seed, 0)
         self.ema = share(owner, "ema", ema, ends="[)", what="what a running mean keeps of itself")
         self._keys = np.array([derive(self.seed, "slot", slot) for slot in self._names], dtype=np.uint64)
+        self.reset()
+
+    def reset(self, step: int = 0) -> None:
+        """Forget what was recorded; ``step`` is the next one to be recorded."""
         shape = (len(self._names), len(self.arms))
-        self.step, self.rejected = 0, 0
+        self.step, self.rejected = integer(type(self).__name__, "step", step, 0), 0
         self.counts = np.zeros(shape, np.int64)
         self._losses, self._scores = np.full(shape, np.nan), np.full(shape, np.nan)
         self._bins, self._bin_losses = np.zeros((2, BINS), np.int64), np.zeros(BINS)  # steps and finite losses; sums

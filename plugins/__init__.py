@@ -1,14 +1,14 @@
 """The methods: what to train on next. One paper a file."""
 
 from samplewise.plugins.adore import AdoreLoss as AdoreLoss
+from samplewise.plugins.bit_adapters import add_adapters as add_adapters
+from samplewise.plugins.bit_adapters import merged as merged
+from samplewise.plugins.bit_adapters import set_bits as set_bits
 from samplewise.plugins.bit_schedule import ArmSchedule as ArmSchedule
 from samplewise.plugins.bit_schedule import BitSchedule as BitSchedule
 from samplewise.plugins.hard_negatives import mine_hard_negatives as mine_hard_negatives
 from samplewise.plugins.infobatch import InfoBatch as InfoBatch
-from samplewise.plugins.multi_bit import add_adapters as add_adapters
-from samplewise.plugins.multi_bit import merged as merged
 from samplewise.plugins.multi_bit import quantize_model as quantize_model
-from samplewise.plugins.multi_bit import set_bits as set_bits
 from samplewise.plugins.rs2 import RS2 as RS2
 from samplewise.plugins.seta import SeTa as SeTa
 from samplewise.plugins.star import star_loss as star_loss

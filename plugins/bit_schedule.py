@@ -30,7 +30,7 @@ from typing_extensions import override
 from samplewise.cuda_ext.checks import choice, integer, share
 from samplewise.loaders.schedule import Schedule
 from samplewise.loaders.seeding import derive
-from samplewise.plugins.multi_bit import check_bits
+from samplewise.plugins.quantize import check_bits
 
 Mapping = Literal["maxent", "adjacent", "gaussian", "uniform", "loss", "grad_norm"]
 BALANCED, ADAPTIVE = ("maxent", "adjacent", "gaussian"), ("loss", "grad_norm")

@@ -1,21 +1,8 @@
-"""One model at several bit widths: linear layers that hold their weights at each, with a low-rank adapter for each.
-
-The model of "One QuantLLM for ALL" (Yi et al., ACL 2025, LLM-QFA): per linear layer frozen weights W_b, quantized
-group-wise at every width b, and an adapter of its own for each width (decoupled):
-
-    y = x W_b'  +  (alpha / r) (x A_b') B_b'  +  bias
-
-`set_bits` chooses b for every layer without allocating anything. Adapters are peft's (one named after each width), so
-that what peft has works on them: initialisations, dropout, saving, loading. peft switches adapters of a whole model;
-here each layer has its own switch.
-"""
+"""Linear layers that hold their frozen weights at several bit widths, of which each uses one at a time."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,11 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from samplewise.cuda_ext.checks import integer, optional_import
-from samplewise.loaders.seeding import derive
-from samplewise.plugins.quantize import FindRange, decode, encode, group_ranges, min_max, pack, unpack
-
-SHARED = "shared"
+from samplewise.cuda_ext.checks import integer
+from samplewise.plugins.quantize import FindRange, check_bits, decode, encode, group_ranges, min_max, pack, unpack
 
 
 class MultiBitLinear(nn.Linear):
@@ -59,16 +43,16 @@ class MultiBitLinear(nn.Linear):
         self.bias: Any = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), False)
         ranges = [group_ranges(linear.weight, width, group_size, find) for width in self.bits]
         for width, found in zip(self.bits, ranges, strict=True):
-            self.register_buffer(f"codes_{width}", pack(encode(linear.weight, found, width), width))
+            self.register_parameter(f"codes_{width}", _frozen(pack(encode(linear.weight, found, width), width)))
         same = all(torch.equal(found, ranges[0]) for found in ranges)
         kept = torch.stack(ranges[:1] if same else ranges)
-        self.register_buffer("ranges", kept.view(torch.int16))  # as int16, since module.to(bfloat16) would round them
+        self.ranges = _frozen(kept.view(torch.int16))  # as int16, since module.to(bfloat16) would round them
         self.train(linear.training)
 
     def range_of(self, width: int) -> Tensor:
         """Low and high of each group at a width, float16 ``(2, O, G)``."""
-        ranges: Tensor = self.ranges  # type: ignore[assignment]
-        return ranges[self.bits.index(width) if len(ranges) > 1 else 0].view(torch.float16)
+        own = self.ranges[self.bits.index(width) if len(self.ranges) > 1 else 0]
+        return own.view(torch.float16)
 
     def decoded(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights at a width, ``(O, I)``."""
@@ -87,8 +71,8 @@ class MultiBitLinear(nn.Linear):
     @property
     def stored_bits(self) -> int:
         """Bits that codes and ranges of all widths take."""
-        buffers = [getattr(self, f"codes_{width}") for width in self.bits]
-        return sum(8 * part.numel() * part.element_size() for part in [*buffers, self.ranges])
+        parts = [getattr(self, f"codes_{width}") for width in self.bits]
+        return sum(8 * part.numel() * part.element_size() for part in [*parts, self.ranges])
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -115,32 +99,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return grad @ ctx.layer.decoded(ctx.width, grad.dtype), None, None
-
-
-@dataclass(frozen=True)
-class Site:
-    """A quantized layer in a model, and the peft layer with its adapters around it, where there is one."""
-
-    linear: MultiBitLinear
-    lora: Any = None
-
-    @property
-    def adapters(self) -> Mapping[str, tuple[nn.Parameter, ...]]:
-        """The trainable parameters of each adapter, under its name."""
-        if self.lora is None:
-            return {}
-        pairs = {name: (self.lora.lora_A[name], self.lora.lora_B[name]) for name in self.lora.lora_A}
-        return {name: tuple(p for part in pair for p in part.parameters()) for name, pair in pairs.items()}
-
-    @property
-    def in_use(self) -> str:
-        """The name of the adapter that belongs to the width in use."""
-        return SHARED if self.lora is not None and SHARED in self.lora.lora_A else adapter_name(self.linear.width)
-
-
-def adapter_name(width: int) -> str:
-    """What peft calls the adapter of a width."""
-    return f"bits{width}"
 
 
 def quantize_model(
@@ -201,7 +159,7 @@ def _targets(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Li
         raise TypeError(f"quantize_model(targets={targets!r}): must be a list of names: targets=[{targets!r}].")
     for target in targets:
         if not any(_is_named(name, target) for name in linear):
-            raise ValueError(f"quantize_model(targets): there is no linear layer {target!r}{_near(target, linear)}.")
+            raise ValueError(f"quantize_model(targets): there is no linear layer {target!r}{near(target, linear)}.")
     return {name: module for name, module in linear.items() if any(_is_named(name, target) for target in targets)}
 
 
@@ -209,201 +167,13 @@ def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _near(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {len(known)}, such as {next(iter(known), None)!r}"
+def near(name: str, known: Iterable[str]) -> str:
+    """For an error: the name of ``known`` that is most like a wrong one."""
+    known = list(known)
+    like = get_close_matches(name, known, n=1)
+    return f"; did you mean {like[0]!r}?" if like else f"; there are {len(known)}, such as {known[:1]}"
 
 
-def check_bits(owner: str, bits: Sequence[int]) -> tuple[int, ...]:
-    """Widths in bits, ascending and distinct, each in [1, 8]."""
-    widths = tuple(integer(owner, "bits", width, 1, 8, what="a list of widths") for width in bits)
-    if not widths or list(widths) != sorted(set(widths)):
-        raise ValueError(f"{owner}(bits={tuple(bits)!r}): must name at least one width, in ascending order, each once.")
-    return widths
-
-
-def add_adapters(
-    model: nn.Module, *, rank: int = 16, alpha: float = 32, shared: bool = False, seed: int = 0, **lora: Any
-) -> nn.Module:
-    """Put peft's low-rank adapters around a model's quantized layers: one for each width, or one for all of them.
-
-    Args:
-        model: what :func:`quantize_model` was called on.
-        rank: r of the adapters.
-        alpha: their outputs are multiplied by alpha / r.
-        shared: one adapter for all widths of a layer in place of one for each.
-        seed: their first values depend on it and on nothing else; all widths of a layer start alike.
-        **lora: more of peft's ``LoraConfig``, such as ``lora_dropout``.
-
-    Returns:
-        peft's model around ``model``; nothing but the adapters is trainable.
-
-    Raises:
-        ImportError: without peft.
-        ValueError: the model has no quantized layers, or has adapters already.
-    """
-    peft = optional_import("add_adapters", "peft", "quant")
-    rank = integer("add_adapters", "rank", rank, 1)
-    sites = find_layers(model)
-    if any(site.lora is not None for site in sites.values()):
-        raise ValueError("add_adapters(model): it has adapters already.")
-    names = [SHARED] if shared else [adapter_name(width) for width in _widths(sites)]
-    targets = [name for name, module in model.named_modules() if isinstance(module, MultiBitLinear)]
-    given = {"r": rank, "lora_alpha": alpha, "target_modules": targets, **lora}
-    wrapped: Any = None
-    for name in names:
-        config = peft.LoraConfig(**given)
-        with torch.random.fork_rng(_cuda_devices(model)):
-            torch.manual_seed(derive(seed, "adapters"))
-            if wrapped is None:
-                wrapped = peft.get_peft_model(model, config, adapter_name=name)
-            else:
-                wrapped.add_adapter(name, config)
-    set_bits(wrapped, max(_widths(sites)))
-    return wrapped  # type: ignore[no-any-return]
-
-
-def _widths(sites: Mapping[str, Site]) -> list[int]:
-    return sorted({width for site in sites.values() for width in site.linear.bits})
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-def find_layers(model: nn.Module) -> dict[str, Site]:
-    """A model's quantized layers under their names, whatever is wrapped around the model.
-
-    Raises:
-        ValueError: there are none, or two have the same name.
-    """
-    wrapped = {
-        id(module.base_layer): module
-        for module in model.modules()
-        if isinstance(getattr(module, "base_layer", None), MultiBitLinear)
-    }
-    found: dict[str, Site] = {}
-    for linear in model.modules():
-        if isinstance(linear, MultiBitLinear):
-            if linear.name in found:
-                raise ValueError(f"find_layers(model): two quantized layers have the name {linear.name!r}.")
-            found[linear.name] = Site(linear, wrapped.get(id(linear)))
-    if not found:
-        raise ValueError("find_layers(model): it has no quantized layers; call quantize_model(model) first.")
-    return found
-
-
-Model = nn.Module | Mapping[str, Site]
-"""A model, or, so that it need not be searched in each step, what `find_layers` found in it."""
-
-
-def set_bits(model: Model, config: int | Mapping[str, int]) -> None:
-    """Choose every layer's width, and with it its adapter; nothing is allocated or copied.
-
-    Args:
-        model: with quantized layers, or what :func:`find_layers` gave.
-        config: one width for all layers, or a width for each layer's name; layers that it does not name stay as
-            they are.
-
-    Raises:
-        ValueError: an unknown layer or a width that a layer does not have. Nothing is changed then.
-    """
-    sites = _sites(model)
-    chosen = dict.fromkeys(sites, config) if isinstance(config, int) else config
-    for name, width in chosen.items():
-        if name not in sites:
-            raise ValueError(f"set_bits(config): there is no quantized layer {name!r}{_near(name, sites)}.")
-        if width not in sites[name].linear.bits:
-            has = ", ".join(map(str, sites[name].linear.bits))
-            raise ValueError(f"set_bits(config): {name} is to have {width} bits, and is quantized at {has}.")
-    for name, width in chosen.items():
-        site = sites[name]
-        site.linear.width = int(width)
-        if site.lora is not None and site.lora.active_adapters != [site.in_use]:
-            site.lora.set_adapter(site.in_use)
-            # peft freezes the others. They are out of the graph and need no freezing, which DDP would not see either.
-            site.lora.set_requires_grad(list(site.lora.lora_A), True)
-
-
-def get_bits(model: Model) -> dict[str, int]:
-    """The width in use of every quantized layer."""
-    return {name: site.linear.width for name, site in _sites(model).items()}
-
-
-def drop_unsampled_gradients(model: Model) -> None:
-    """Set the gradients of all adapters that are not in use to None, so that no optimizer moves them.
-
-    An optimizer leaves a parameter without a gradient alone; one with a gradient of zeros moves by momentum and weight
-    decay. Call it before the optimizer's step where gradients may be zeros: after ``zero_grad(set_to_none=False)``, and
-    with DDP.
-    """
-    for site in _sites(model).values():
-        for name, parameters in site.adapters.items():
-            if name != site.in_use:
-                for parameter in parameters:
-                    parameter.grad = None
-
-
-def gradient_norms(model: Model) -> dict[str, Tensor]:
-    """The norm of the gradient of every layer's adapter in use, 0 where it has none; nothing waits for a GPU."""
-    norms = {}
-    for name, site in _sites(model).items():
-        grads = [p.grad for p in site.adapters.get(site.in_use, ()) if p.grad is not None]
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-    return norms
-
-
-def stored_bits_per_weight(model: Model) -> float:
-    """Bits that the quantized layers' weights take, codes and ranges of all widths, for each weight."""
-    linears = [site.linear for site in _sites(model).values()]
-    return sum(layer.stored_bits for layer in linears) / sum(
-        layer.in_features * layer.out_features for layer in linears
-    )
-
-
-def merged(model: nn.Module, config: int | Mapping[str, int], *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A plain copy of the model at one configuration: ordinary linear layers with the decoded weights plus B A.
-
-    Args:
-        model: with quantized layers, with or without adapters, also wrapped by peft; it is left as it is.
-        config: the widths, as in :func:`set_bits`.
-        dtype: of the new layers' weights; None: what they had before they were quantized.
-
-    Returns:
-        What the model was before :func:`quantize_model`, with other weights: transformers can save it, for example.
-    """
-    with pinned(model, config) as sites:
-        plain: dict[int, Any] = {}
-        for site in sites.values():
-            plain[id(site.linear if site.lora is None else site.lora)] = _plain(site, dtype)
-        base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-        return copy.deepcopy(base, plain)  # which takes what stands for an object in the memo instead of copying it
-
-
-@torch.no_grad()
-def _plain(site: Site, dtype: torch.dtype | None) -> nn.Linear:
-    layer, name = site.linear, site.in_use
-    weight = layer.decoded(layer.width)
-    if site.lora is not None:
-        weight += site.lora.get_delta_weight(name).float()
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype or layer.weight_dtype), False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone().to(dtype or layer.weight_dtype), False)
-    return linear.train(layer.training)
-
-
-def _sites(model: Model) -> Mapping[str, Site]:
-    return find_layers(model) if isinstance(model, nn.Module) else model
-
-
-@contextmanager
-def pinned(model: Model, config: int | Mapping[str, int]) -> Iterator[Mapping[str, Site]]:
-    """A context in which the model has one configuration; afterwards it has the one from before again."""
-    sites = _sites(model)
-    before = get_bits(sites)
-    set_bits(sites, config)
-    try:
-        yield sites
-    finally:
-        set_bits(sites, before)
+def _frozen(values: Tensor) -> nn.Parameter:
+    """A parameter that is not trained; DDP would send a buffer from rank 0 in every forward pass."""
+    return nn.Parameter(values, requires_grad=False)

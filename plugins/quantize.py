@@ -14,10 +14,12 @@ for each group; widths with the same range share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from samplewise.cuda_ext.checks import integer
 
 FindRange = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From weights in groups, float32 ``(O, G, g)``, and a width in bits to ``low`` and ``high``, ``(O, G)`` each."""
@@ -109,3 +111,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def _fields(bits: int) -> list[int]:
     """The binary digits of ``bits``, largest first: 3 -> [2, 1]."""
     return [field for field in (8, 4, 2, 1) if bits & field]
+
+
+def check_bits(owner: str, bits: Sequence[int]) -> tuple[int, ...]:
+    """Widths in bits, ascending and distinct, each in [1, 8]."""
+    widths = tuple(integer(owner, "bits", width, 1, 8, what="a list of widths") for width in bits)
+    if not widths or list(widths) != sorted(set(widths)):
+        raise ValueError(f"{owner}(bits={tuple(bits)!r}): must name at least one width, in ascending order, each once.")
+    return widths

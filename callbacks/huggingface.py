@@ -1,0 +1,128 @@
+"""The HF Trainer's side: `attach` gives a trainer a schedule of bit widths."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from samplewise.callbacks.switching import Config, Switch
+from samplewise.cuda_ext.checks import optional_import
+from samplewise.cuda_ext.ranks import rank, world_size
+from samplewise.loaders.schedule import Schedule
+
+transformers = optional_import("samplewise.callbacks.huggingface", "transformers", "hf")
+STATE_FILE = "samplewise_schedule.json"
+
+
+def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Config] | None = None) -> SwitchBits:
+    """Let a ``transformers.Trainer`` train its model at several bit widths, one configuration per optimizer step.
+
+    See :class:`~samplewise.callbacks.SwitchBits`, the same for Lightning. Between optimizer steps the model has the
+    configuration of evaluations, so that these, predictions and what is saved are made with it.
+
+    Args:
+        trainer: before ``train()``; its model has quantized layers and adapters.
+        schedule: draws ``{layer: width}``.
+        evaluate: the configuration of evaluations; None: each layer's largest width. To evaluate at others, set
+            ``callback.switch.pins`` to ``[config]`` before ``trainer.evaluate()``.
+
+    Returns:
+        The callback that the trainer has now.
+
+    Raises:
+        TypeError: ``trainer`` is no Trainer, or ``schedule`` no Schedule with slots.
+        ValueError: layers or widths that the model does not have, or more than one configuration for evaluations.
+
+    Example::
+
+        trainer = Trainer(model, TrainingArguments(..., ddp_find_unused_parameters=True), train_dataset=data)
+        attach(trainer, BitSchedule(layers=layers, period=500))
+        trainer.train()
+    """
+    if not isinstance(trainer, transformers.Trainer):
+        raise TypeError(f"attach(trainer={type(trainer).__name__}): a transformers.Trainer is needed.")
+    callback = SwitchBits(schedule, evaluate=evaluate)
+    callback.switch.find(trainer.model)
+    callback.switch.pin()
+    train_batch = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        loss = train_batch(*args, **kwargs)  # its share of the step's, over the batches that are accumulated
+        callback.switch.add_loss(loss)
+        return loss
+
+    trainer.training_step = training_step
+    trainer.add_callback(callback)
+    return callback
+
+
+class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
+    """Switches bit widths for a ``transformers.Trainer``; :func:`attach` makes one."""
+
+    def __init__(self, schedule: Schedule, *, evaluate: Config | Sequence[Config] | None = None):
+        self.switch = Switch("attach", schedule, evaluate)
+        self.schedule = schedule
+        if len(self.switch.pins) > 1:
+            raise ValueError(
+                "attach(evaluate): must be one configuration; a Trainer does not tell where loaders begin."
+            )
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch.find(kwargs["model"])
+        self.switch.forget()
+        if world_size() > 1:
+            finds = args.ddp_find_unused_parameters  # transformers takes None for "unless there is checkpointing"
+            self.switch.check_ddp(not args.gradient_checkpointing if finds is None else finds)
+        self.schedule.check_steps(state.max_steps)
+        if not state.global_step:
+            if self.schedule.step:
+                warnings.warn(
+                    "attach: training begins anew; what the schedule has recorded is forgotten.", stacklevel=2
+                )
+                self.schedule.reset(0)
+            return
+        file = _checkpoint(args, state) / STATE_FILE
+        if file.is_file():
+            self.schedule.load_state_dict(json.loads(file.read_text()))
+        elif self.schedule.step != state.global_step:
+            warnings.warn(
+                f"attach: there is no {file}, so that the schedule's statistics begin at step {state.global_step}; its "
+                f"draws are the same, but for those that depend on what was recorded.",
+                stacklevel=2,
+            )
+            self.schedule.reset(state.global_step)
+
+    @override
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch.begin(state.global_step)
+
+    @override
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch.before_optimizer()
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch.end(state.global_step - 1)
+        self.switch.pin()
+
+    @override
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if rank() == 0:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".{STATE_FILE}"
+            temporary.write_text(json.dumps(self.schedule.state_dict()))
+            temporary.replace(folder / STATE_FILE)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    """The folder that training is resumed from: the arguments name it, or it is the output folder's of that step."""
+    given = args.resume_from_checkpoint
+    named = isinstance(given, str) and (Path(given) / STATE_FILE).is_file()
+    return Path(given) if named else Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,124 @@
+"""What the callbacks that switch bit widths share: the model's layers, the step's configuration, the step's record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from samplewise.cuda_ext.ranks import mean_over_ranks
+from samplewise.loaders.schedule import Schedule
+from samplewise.plugins.bit_adapters import (
+    Site,
+    drop_unsampled_gradients,
+    find_layers,
+    get_bits,
+    gradient_norms,
+    set_bits,
+)
+
+Config = int | Mapping[str, int]
+"""One width for all layers, or a width for each layer's name."""
+
+
+class Switch:
+    """A schedule of bit widths at work on a model, one optimizer step after the other.
+
+    Args:
+        owner: the callback, for messages.
+        schedule: draws ``{layer: width}``.
+        evaluate: the configuration of evaluations, or a list with one for each of the evaluation's loaders; None: each
+            layer's largest width.
+    """
+
+    def __init__(self, owner: str, schedule: Schedule, evaluate: Config | Sequence[Config] | None):
+        if not isinstance(schedule, Schedule) or schedule.slots is None:
+            raise TypeError(
+                f"{owner}(schedule={type(schedule).__name__}): a Schedule with a slot for each layer is needed: "
+                f"BitSchedule(layers=quantize_model(model))."
+            )
+        pins = list(evaluate) if isinstance(evaluate, Sequence) else [evaluate]
+        if not pins:
+            raise ValueError(
+                f"{owner}(evaluate=[]): must hold at least one configuration; leave it out for the largest."
+            )
+        self.owner, self.schedule, self.pins = owner, schedule, pins
+        self.sites: Mapping[str, Site] = {}
+        self._losses: list[Tensor] = []
+        self._norms: dict[str, Tensor] | None = None
+
+    def find(self, model: nn.Module) -> None:
+        """Look for the model's quantized layers, and check that schedule and evaluation fit them.
+
+        Raises:
+            ValueError: layers that the model does not have, layers that the schedule leaves out, or widths that a layer
+                is not quantized at.
+        """
+        sites = find_layers(model)
+        layers = self.schedule.slots or ()
+        unknown, left = sorted(set(layers) - set(sites)), sorted(set(sites) - set(layers))
+        if unknown:
+            raise ValueError(
+                f"{self.owner}(schedule): it has {len(unknown)} layers that the model does not have, such as "
+                f"{unknown[0]!r}; give it the names that quantize_model(model) returned."
+            )
+        if left:
+            raise ValueError(
+                f"{self.owner}(schedule): it leaves out {len(left)} quantized layers of the model, such as {left[0]!r}."
+            )
+        for name, site in sites.items():
+            if missing := set(self.schedule.arms) - set(site.linear.bits):
+                raise ValueError(
+                    f"{self.owner}(schedule): it draws {min(missing)} bits, and {name} is quantized at "
+                    f"{', '.join(map(str, site.linear.bits))}."
+                )
+        before = get_bits(sites)
+        for pin in self.pins:
+            set_bits(sites, self._config(pin, sites))
+        set_bits(sites, before)
+        self.sites = sites
+
+    def _config(self, pin: Config | None, sites: Mapping[str, Site]) -> Config:
+        return {name: site.linear.bits[-1] for name, site in sites.items()} if pin is None else pin
+
+    def check_ddp(self, finds_unused: bool) -> None:
+        """Refuse a DDP that waits for the gradients of adapters that a step does not use.
+
+        Raises:
+            RuntimeError: it does not look for unused parameters, and there are any.
+        """
+        if not finds_unused and any(len(site.adapters) > 1 for site in self.sites.values()):
+            raise RuntimeError(
+                f"{self.owner}: a step trains one adapter of each layer, and DDP waits for the gradients of all: "
+                f"with Lightning take Trainer(strategy='ddp_find_unused_parameters_true'), with transformers "
+                f"TrainingArguments(ddp_find_unused_parameters=True); and no static graph."
+            )
+
+    def begin(self, step: int) -> None:
+        """The configuration of an optimizer step, before its first batch."""
+        set_bits(self.sites, self.schedule.draw(step))
+
+    def pin(self, loader: int = 0) -> None:
+        """The configuration of an evaluation on its loader number ``loader``."""
+        set_bits(self.sites, self._config(self.pins[loader if len(self.pins) > 1 else 0], self.sites))
+
+    def before_optimizer(self) -> None:
+        """Between the last backward pass of a step and the optimizer's step."""
+        drop_unsampled_gradients(self.sites)
+        if getattr(self.schedule, "needs_scores", False):
+            self._norms = gradient_norms(self.sites)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """The loss of a batch, its share of the step's: what is added up over the batches of a step."""
+        self._losses.append(loss.detach())
+
+    def end(self, step: int) -> None:
+        """After the optimizer's step: record it. Collective."""
+        loss = mean_over_ranks(torch.stack(self._losses).sum()) if self._losses else None
+        self.schedule.record(step, loss=loss, scores=self._norms)
+        self._losses, self._norms = [], None
+
+    def forget(self) -> None:
+        """What a step has left that was not finished."""
+        self._losses, self._norms = [], None
