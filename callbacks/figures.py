@@ -143,14 +143,31 @@ def histogram(
     *,
     x: str,
     y: str,
+    label: str = "data",
 ) -> bytes:
     """Bars of the shares `base` of B bins with `edges` (B + 1), and a stepped line for each of the shares `over`."""
     figure, (axes,) = _panels(1, height=3.3)
-    axes.stairs(base, edges, fill=True, color=COLOURS[0], alpha=0.25, label="data")
+    axes.stairs(base, edges, fill=True, color=COLOURS[0], alpha=0.25, label=label)
     for place, ((name, shares), index) in enumerate(zip(over.items(), colours, strict=True)):
         width = 1.5 + 1.5 * (len(over) - 1 - place)  # where lines coincide, the earlier ones are seen beside the last
         axes.stairs(shares, edges, color=COLOURS[index % len(COLOURS)], linewidth=width, label=name)
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+    _axis(axes, epochs=False, share=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _png(figure)
+
+
+@styled
+def scatter(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float]]], front: Sequence[int], *, x: str, y: str
+) -> bytes:
+    """A dot for each point (x, y) of each group, and a line through the points numbered in `front`, over all groups."""
+    figure, (axes,) = _panels(1, height=3.3)
+    for index, (name, points) in enumerate(groups.items()):
+        axes.scatter(*points, s=14, color=COLOURS[index % len(COLOURS)], alpha=0.7, label=name)
+    every = [np.concatenate([np.asarray(points[axis]) for points in groups.values()])[list(front)] for axis in (0, 1)]
+    axes.plot(*every, color="black", linewidth=1.2, marker=".", label="Pareto front")
+    axes.set(xlabel=x, ylabel=y)
     _axis(axes, epochs=False, share=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _png(figure)

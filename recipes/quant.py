@@ -1,0 +1,251 @@
+"""One fine-tuning run for every bit width, against one run for each, on a small language model.
+
+    python -m samplewise.recipes.quant                # SmolLM2-135M writes docstrings, 3 seeds, an hour on 2 CPU cores
+    samplewise run quant --data pairs.jsonl --model NAME --accelerator gpu --steps 2000 --batch_size 32
+
+Quantizes the linear layers of a pretrained model group-wise at 2, 3 and 4 bits and trains low-rank adapters: in one run
+for each average width (QLoRA's way), and once for all with widths drawn for each layer and step, uniformly or by a
+schedule that visits every average width as often, with an adapter for each width or one that all share. All arms take
+as many optimizer steps in all. They are tested at 2, 2.5, 3, 3.5 and 4 bits on average, beside weights that are rounded
+and not trained. Then the configurations of the once-for-all model are searched for the best one under a budget of bits.
+
+Writes `results.json`, `runs.csv`, `summary.csv`, `search.csv`, `report.html` and `plots/*.png` into `--out`, and prints
+a table: loss and perplexity of held-out responses, the share of questions answered rightly (which of four responses
+belongs to the prompt), differences to uniform draws paired by seed, and the time of a step.
+
+`Tuner` and `train` are an ordinary training script: delete the lines marked `# samplewise` and it still is one, at the
+width that the layers have.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from samplewise.callbacks import SamplingCallback, SwitchBits  # samplewise
+from samplewise.loaders import collate_with_ids, with_ids  # samplewise
+from samplewise.recipes.common import Rule, check_options, surroundings
+from samplewise.recipes.progress import Bars
+from samplewise.recipes.quant_arms import ARMS
+from samplewise.recipes.quant_results import write_results
+from samplewise.recipes.quant_runs import Comparison
+from samplewise.recipes.responses import response_losses
+from samplewise.recipes.text_pairs import PadLeft, TokenizedPairs
+
+Name = Literal[
+    "single", "uniform", "balanced", "shared", "adjacent", "gaussian", "loss", "grad_norm", "uniform_shared"
+]  # fmt: skip
+DEFAULT_ARMS: tuple[Name, ...] = ("single", "uniform", "balanced", "shared")
+
+
+@dataclass
+class QuantOptions:
+    """What to compare, on what, and how.
+
+    Args:
+        data: signature_to_doc, code_to_doc, doc_to_code (from the sources of networkx, sympy and xarray), or a .jsonl
+            file with a prompt and a response on each line
+        model: smollm2-135m-instruct, a folder that transformers reads, or a hub name
+        bits: the widths, ascending
+        averages: average widths that are tested
+        group_size: weights with a range of their own
+        arms: what is compared, with rounding to nearest without training; others are adjacent and gaussian (balanced by
+            other mappings), loss and grad_norm (widths by what they gave so far), uniform_shared
+        steps: optimizer steps of each arm in all; single divides them among its runs
+        period: of the balanced schedule's wave, in steps; 0: a quarter of the steps
+        seeds: number of repeats; repeat s uses seed s for adapters, widths and the order of the pairs
+        batch_size: pairs in a batch
+        accumulate: batches of an optimizer step
+        rank: of the adapters; their alpha is twice that
+        lr: highest learning rate, of AdamW with gradients clipped at norm 1; up over 10 % of the steps, then down to 0
+        weight_decay: of AdamW
+        sampler: what chooses the pairs, in all arms; all but uniform need steps for more than one epoch
+        rs2_ratio: RS2: share of the pairs in an epoch, in (0, 1]
+        max_length: longer pairs are left out, in tokens
+        test_pairs: held-out pairs that losses are measured on
+        questions: of four choices each
+        budget: average bits of the configuration that is searched for
+        search: configurations tried at first, and after the space has shrunk; [0, 0]: none
+        search_pairs: validation pairs that they are tried on
+        evaluate: test, or validation to try settings out
+        accelerator: cpu, gpu or mps
+        precision: as Lightning calls it
+        threads: threads of torch on the CPU; 0 leaves torch's choice
+        out: folder for the results
+    """
+
+    data: str = "signature_to_doc"
+    model: str = "smollm2-135m-instruct"
+    bits: list[int] = field(default_factory=lambda: [2, 3, 4])
+    averages: list[float] = field(default_factory=lambda: [2, 2.5, 3, 3.5, 4])
+    group_size: int = 64
+    arms: list[Name] = field(default_factory=lambda: list(DEFAULT_ARMS))
+    steps: int = 120
+    period: int = 0
+    seeds: int = 3
+    batch_size: int = 8
+    accumulate: int = 1
+    rank: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    sampler: Literal["uniform", "rs2", "infobatch", "seta"] = "uniform"
+    rs2_ratio: float = 0.1
+    max_length: int = 64
+    test_pairs: int = 64
+    questions: int = 32
+    budget: float = 2.5
+    search: list[int] = field(default_factory=lambda: [100, 50])
+    search_pairs: int = 16
+    evaluate: Literal["test", "validation"] = "test"
+    accelerator: Literal["cpu", "gpu", "mps"] = "cpu"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    threads: int = 0
+    out: str = "runs/quant"
+
+    def validate(self) -> None:
+        """Check all options.
+
+        Raises:
+            ValueError: one line for each option that breaks its rule.
+        """
+        widths = len(self.bits) > 0 and self.bits == sorted(set(self.bits)) and 1 <= self.bits[0] <= self.bits[-1] <= 8
+        low, high = (self.bits[0], self.bits[-1]) if widths else (1, 8)
+        rules: list[Rule] = [
+            ("bits", widths, "must be widths from 1 to 8, ascending, each once"),
+            ("averages", bool(self.averages), "needs at least one average width"),
+            ("averages", all(low <= a <= high for a in self.averages), f"must be from {low} to {high}, the widths"),
+            ("averages", len(set(self.averages)) == len(self.averages), "names an average twice"),
+            ("group_size", self.group_size >= 8 and self.group_size % 8 == 0, "must be a multiple of 8"),
+            ("arms", bool(self.arms), f"needs at least one of {', '.join(get_args(Name))}"),
+            ("arms", len(set(self.arms)) == len(self.arms), "names an arm twice"),
+            ("arms", set(self.arms) <= set(get_args(Name)), f"there are {', '.join(get_args(Name))}"),
+            ("steps", self.steps >= max(2, len(self.averages)), "must be at least one for each average, and 2"),
+            ("period", self.period == 0 or self.period >= 2, "must be >= 2, or 0 for a quarter of the steps"),
+            ("batch_size", self.batch_size >= 1, "must be >= 1"),
+            ("accumulate", self.accumulate >= 1, "must be >= 1"),
+            ("rank", self.rank >= 1, "must be >= 1"),
+            ("lr", self.lr > 0, "must be > 0"),
+            ("weight_decay", self.weight_decay >= 0, "must be >= 0"),
+            ("rs2_ratio", 0 < self.rs2_ratio <= 1, "is the share of the pairs in an epoch and must be in (0, 1]"),
+            ("max_length", self.max_length >= 8, "must be >= 8"),
+            ("test_pairs", self.test_pairs >= 1, "must be >= 1"),
+            ("questions", self.questions >= 0, "must be >= 0"),
+            ("budget", low <= self.budget <= high, f"must be from {low} to {high}: no configuration fits below"),
+            ("search", len(self.search) == 2 and min(self.search) >= 0, "must be two numbers of configurations"),
+            (
+                "search",
+                len(self.search) != 2 or self.search[0] > 0 or not self.search[1],
+                "needs a first number above 0",
+            ),
+            ("search_pairs", self.search_pairs >= 1, "must be >= 1"),
+            ("threads", self.threads >= 0, "must be >= 0; 0 leaves torch's choice"),
+        ]
+        check_options(self, rules)
+
+    @property
+    def wave(self) -> int:
+        """Steps of a period."""
+        return self.period or max(2, self.steps // 4)
+
+    @property
+    def device(self) -> str:
+        """As torch calls it."""
+        return "cuda" if self.accelerator == "gpu" else self.accelerator
+
+
+class Tuner(LightningModule):
+    """Trains a language model on the responses to prompts."""
+
+    def __init__(self, model: nn.Module, options: QuantOptions, steps: int, sampler: Any):
+        super().__init__()
+        self.model, self.options, self.steps = model, options, steps
+        self.sampler = sampler  # samplewise
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = response_losses(self.model, batch)
+        loss = losses.mean()
+        loss = self.sampler.observe(batch["sample_id"], losses)  # samplewise
+        return loss
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trained, self.options.lr, weight_decay=self.options.weight_decay)
+        warmup = max(1, self.steps // 10)
+
+        def rate(step: int) -> float:
+            return min((step + 1) / warmup, (self.steps - step) / max(1, self.steps - warmup))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train(
+    model: nn.Module,
+    pairs: TokenizedPairs,
+    pad: PadLeft,
+    options: QuantOptions,
+    steps: int,
+    *,
+    callbacks: Sequence[Callback] = (),
+    sampler: Any = None,
+    schedule: Any = None,
+) -> None:
+    """Train the model's adapters, in place, for so many optimizer steps."""
+    module = Tuner(model.train(), options, steps, sampler)
+    loader: Any = DataLoader(pairs, options.batch_size, shuffle=True, collate_fn=pad)
+    loading: dict[str, Any] = {"sampler": sampler, "collate_fn": collate_with_ids(pad)}  # samplewise
+    loader = DataLoader(with_ids(pairs), options.batch_size, **loading)  # samplewise
+    callbacks = list(callbacks)
+    callbacks += [SamplingCallback(sampler), SwitchBits(schedule)]  # samplewise
+    trainer = Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        precision=options.precision,
+        max_epochs=-1,
+        max_steps=steps,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=1.0,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, loader)
+
+
+def run(options: QuantOptions) -> dict[str, Any]:
+    """Train all arms with all seeds, write the results, print the table; gives what `results.json` holds.
+
+    Raises:
+        ValueError: wrong options, all of them at once, or a model that cannot be quantized.
+        AssetError: the data or the model could not be had.
+    """
+    options.validate()
+    with surroundings(options.threads):
+        begin, arms = perf_counter(), [ARMS[name] for name in options.arms]
+        with Bars(len(arms) * options.seeds + 1) as bars:
+            comparison = Comparison(options, train, bars)
+            runs = [comparison.untrained(bars)]
+            bars.finish(runs[0].line())
+            for seed in range(options.seeds):
+                for arm in arms:
+                    runs.append(comparison.run(arm, seed, bars))
+                    bars.finish(runs[-1].line())
+        return write_results(runs, comparison, options, perf_counter() - begin, console=bars.console)
+
+
+if __name__ == "__main__":
+    from samplewise.recipes.cli import run_command
+
+    sys.exit(run_command(["quant", *sys.argv[1:]]))
