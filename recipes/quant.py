@@ -37,8 +37,8 @@ from samplewise.recipes.progress import Bars
 from samplewise.recipes.quant_arms import ARMS
 from samplewise.recipes.quant_results import write_results
 from samplewise.recipes.quant_runs import Comparison
-from samplewise.recipes.responses import response_losses
-from samplewise.recipes.text_pairs import PadLeft, TokenizedPairs
+from samplewise.recipes.responses import pad_left, response_losses
+from samplewise.recipes.text_pairs import TokenizedPairs
 
 Name = Literal[
     "single", "uniform", "balanced", "shared", "adjacent", "gaussian", "loss", "grad_norm", "uniform_shared"
@@ -51,8 +51,8 @@ class QuantOptions:
     """What to compare, on what, and how.
 
     Args:
-        data: signature_to_doc, code_to_doc, doc_to_code (from the sources of networkx, sympy and xarray), or a .jsonl
-            file with a prompt and a response on each line
+        data: signature_to_doc, code_to_doc, doc_to_code (from Python packages), or a .jsonl file with a prompt and a
+            response on each line, or a folder with train, validation and test.jsonl
         model: smollm2-135m-instruct, a folder that transformers reads, or a hub name
         bits: the widths, ascending
         averages: average widths that are tested
@@ -69,6 +69,7 @@ class QuantOptions:
         weight_decay: of AdamW
         sampler: what chooses the pairs, in all arms; all but uniform need steps for more than one epoch
         rs2_ratio: RS2: share of the pairs in an epoch, in (0, 1]
+        chat: write pairs as the tokenizer's chat template does, not as plain text
         max_length: longer pairs are left out, in tokens
         test_pairs: held-out pairs that losses are measured on
         questions: of four choices each
@@ -98,7 +99,8 @@ class QuantOptions:
     weight_decay: float = 0.01
     sampler: Literal["uniform", "rs2", "infobatch", "seta"] = "uniform"
     rs2_ratio: float = 0.1
-    max_length: int = 64
+    chat: bool = False
+    max_length: int = 40
     test_pairs: int = 64
     questions: int = 32
     budget: float = 2.5
@@ -192,7 +194,6 @@ class Tuner(LightningModule):
 def train(
     model: nn.Module,
     pairs: TokenizedPairs,
-    pad: PadLeft,
     options: QuantOptions,
     steps: int,
     *,
@@ -202,8 +203,8 @@ def train(
 ) -> None:
     """Train the model's adapters, in place, for so many optimizer steps."""
     module = Tuner(model.train(), options, steps, sampler)
-    loader: Any = DataLoader(pairs, options.batch_size, shuffle=True, collate_fn=pad)
-    loading: dict[str, Any] = {"sampler": sampler, "collate_fn": collate_with_ids(pad)}  # samplewise
+    loader: Any = DataLoader(pairs, options.batch_size, shuffle=True, collate_fn=pad_left)
+    loading: dict[str, Any] = {"sampler": sampler, "collate_fn": collate_with_ids(pad_left)}  # samplewise
     loader = DataLoader(with_ids(pairs), options.batch_size, **loading)  # samplewise
     callbacks = list(callbacks)
     callbacks += [SamplingCallback(sampler), SwitchBits(schedule)]  # samplewise

@@ -14,11 +14,11 @@ from samplewise.loaders import Schedule
 from samplewise.plugins.bit_adapters import add_adapters, find_layers, pinned, stored_bits_per_weight
 from samplewise.plugins.bit_search import BitSearch, average_bits, even_config, search_bits
 from samplewise.plugins.multi_bit import quantize_model
-from samplewise.recipes.language_model import load_language_model
+from samplewise.recipes.language_model import find_language_model, load_language_model
 from samplewise.recipes.progress import Bars
 from samplewise.recipes.quant_arms import ARMS, Arm, Config, make_sampler, make_schedule, pinned_schedule
-from samplewise.recipes.responses import response_losses, response_scores
-from samplewise.recipes.text_pairs import PadLeft, Pair, TokenizedPairs, choice_questions, load_pairs
+from samplewise.recipes.responses import pad_left, response_losses, response_scores
+from samplewise.recipes.text_pairs import Pair, TokenizedPairs, choice_questions, load_pairs
 
 if TYPE_CHECKING:
     from samplewise.recipes.quant import QuantOptions
@@ -104,9 +104,10 @@ class Comparison:
     def __init__(self, options: "QuantOptions", train: Callable[..., None], bars: Bars):
         self.options, self.train = options, train
         self.splits = load_pairs(options.data, say=bars.say)
-        model, tokenizer = load_language_model(options.model, bars.say)
+        model, self.tokenizer = load_language_model(find_language_model(options.model, bars.say), bars.say)
+        if not options.chat:
+            self.tokenizer.chat_template = None
         self.model: nn.Module = model.to(options.device)
-        self.tokenizer, self.pad = tokenizer, PadLeft(tokenizer.pad_token_id or tokenizer.eos_token_id)
         held = self.splits.test if options.evaluate == "test" else self.splits.validation
         self.pairs, self.tests = self._tokenized(self.splits.train), self._tokenized(held, options.test_pairs)
         self.validation = self._tokenized(self.splits.validation, options.search_pairs)
@@ -169,7 +170,7 @@ class Comparison:
         given: dict[str, Any] = {"sampler": sampler, "schedule": schedule, "callbacks": [bars.begin(name)]}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*period=")  # a short run, on purpose
-            self.train(model, self.pairs, self.pad, options, steps, **given)
+            self.train(model, self.pairs, options, steps, **given)
         trained = perf_counter()
         scores = self._scores(model, configs, f"{name}: test", bars)
         tested = perf_counter()
@@ -216,14 +217,14 @@ class Comparison:
 
     def _batches(self, data: TokenizedPairs) -> list[dict[str, Tensor]]:
         rows = [data[row] for row in range(len(data))]
-        batches = [self.pad(rows[begin : begin + CHUNK]) for begin in range(0, len(rows), CHUNK)]
+        batches = [pad_left(rows[begin : begin + CHUNK]) for begin in range(0, len(rows), CHUNK)]
         return [{name: values.to(self.options.device) for name, values in batch.items()} for batch in batches]
 
     def _tokenized(self, pairs: Sequence[Pair], most: int | None = None) -> TokenizedPairs:
         tokens = TokenizedPairs(pairs, self.tokenizer, self.options.max_length)
         if most is None:
             return tokens
-        return TokenizedPairs([pairs[int(row)] for row in tokens.rows[:most]], self.tokenizer, self.options.max_length)
+        return TokenizedPairs([pairs[row] for row in tokens.rows[:most]], self.tokenizer, self.options.max_length)
 
     # --- search ---
 

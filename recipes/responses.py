@@ -1,15 +1,36 @@
-"""Losses of the responses to prompts: a causal language model on batches that are padded on the left (`PadLeft`)."""
+"""Losses of the responses to prompts: a causal language model on batches that are padded on the left."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samplewise.cuda_ext import sample_losses
+from samplewise.loaders import SAMPLE_ID
 
 Batch = Mapping[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def pad_left(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Items of `TokenizedPairs` as a batch in which all responses end in the last column.
+
+    Gives `input_ids`, `labels` (-100 on the padding), `attention_mask` and `position_ids` (which count from each row's
+    first token), int64 `(B, T)`, and the items' `"sample_id"`, int64 `(B,)`, where they have one.
+    """
+    width = max(len(item["input_ids"]) for item in items)
+    batch = {name: [] for name in ("input_ids", "labels", "attention_mask", "position_ids")}  # type: dict[str, Any]
+    for item in items:
+        length = len(item["input_ids"])
+        parts = {"attention_mask": torch.ones(length, dtype=torch.int64), "position_ids": torch.arange(length)}
+        for name, values in {"input_ids": item["input_ids"], "labels": item["labels"], **parts}.items():
+            batch[name].append(F.pad(values, (width - length, 0), value=-100 if name == "labels" else 0))
+    padded = {name: torch.stack(rows) for name, rows in batch.items()}
+    if SAMPLE_ID in items[0]:
+        padded[SAMPLE_ID] = torch.tensor([int(item[SAMPLE_ID]) for item in items], dtype=torch.int64)
+    return padded
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
