@@ -134,7 +134,7 @@ def _pair(entry: Documented, kind: str) -> Pair:
     if kind == "code_to_doc":
         return Pair(TO_DOC + entry.code, entry.sentence)
     if kind == "signature_to_doc":
-        return Pair(entry.signature, f'    """{entry.sentence}"""')
+        return Pair(f'{entry.signature}\n    """', entry.sentence)
     return Pair(TO_CODE + entry.sentence, entry.code)
 
 
