@@ -15,7 +15,7 @@ from samplewise.cuda_ext.checks import optional_import
 from samplewise.cuda_ext.ranks import rank, world_size
 from samplewise.loaders.schedule import Schedule
 
-transformers = optional_import("samplewise.callbacks.huggingface", "transformers", "hf")
+transformers: Any = optional_import("samplewise.callbacks.huggingface", "transformers", "hf")
 STATE_FILE = "samplewise_schedule.json"
 
 
@@ -61,7 +61,7 @@ def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Conf
     return callback
 
 
-class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
+class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
     """Switches bit widths for a ``transformers.Trainer``; :func:`attach` makes one."""
 
     def __init__(self, schedule: Schedule, *, evaluate: Config | Sequence[Config] | None = None):

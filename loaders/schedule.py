@@ -61,7 +61,6 @@ class Schedule(ABC):
         costs: float64 ``(K,)``.
         counts: int64 ``(S, K)``, recorded steps in which a slot had an arm (S = 1 without slots).
         step: the next step to be recorded.
-        rejected: losses that were not finite; the step counts, its loss does not.
 
     Raises:
         ValueError: no or equal arms, no or equal slots, costs that do not ascend.
@@ -88,17 +87,19 @@ class Schedule(ABC):
         self.costs = self._check_costs(costs)
         self.seed = integer(owner, "seed", seed, 0)
         self.ema = share(owner, "ema", ema, ends="[)", what="what a running mean keeps of itself")
-        self._keys = np.array([derive(self.seed, "slot", slot) for slot in self._names], dtype=np.uint64)
+        # a name and its reverse: one word of 32 bits would be the same for two of many names now and then
+        keys = [derive(self.seed, "slot", slot, slot[::-1]) for slot in self._names]
+        self._keys = np.array(keys, dtype=np.uint64)
         self.reset()
 
     def reset(self, step: int = 0) -> None:
         """Forget what was recorded; ``step`` is the next one to be recorded."""
         shape = (len(self._names), len(self.arms))
-        self.step, self.rejected = integer(type(self).__name__, "step", step, 0), 0
+        self.step, self._rejected = integer(type(self).__name__, "step", step, 0), 0
         self.counts = np.zeros(shape, np.int64)
         self._losses, self._scores = np.full(shape, np.nan), np.full(shape, np.nan)
         self._bins, self._bin_losses = np.zeros((2, BINS), np.int64), np.zeros(BINS)  # steps and finite losses; sums
-        self._pending: list[tuple[np.ndarray, Tensor | float]] = []
+        self._pending: list[tuple[np.ndarray, Tensor | float | None]] = []
 
     def _check_costs(self, costs: Sequence[float] | None) -> np.ndarray:
         if costs is None:
@@ -112,6 +113,12 @@ class Schedule(ABC):
                 f"ascending order; sort the arms, or give costs."
             )
         return array
+
+    @property
+    def rejected(self) -> int:
+        """Losses that were not finite; the step counts, its loss does not."""
+        self._flush()
+        return self._rejected
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -128,7 +135,8 @@ class Schedule(ABC):
         levels = np.cumsum(np.broadcast_to(self.probabilities(step), shape), axis=1)
         bits = hash64(self._keys, derive(self.seed, "step", step)) >> np.uint64(11)
         places = (bits.astype(np.float64) * 2.0**-53)[:, None] * levels[:, -1:]  # uniform in [0, 1), times a sum near 1
-        return np.minimum((places >= levels).sum(1), len(self.arms) - 1)
+        found: np.ndarray = np.minimum((places >= levels).sum(1), len(self.arms) - 1)
+        return found
 
     def draw(self, step: int) -> Any:
         """What step number ``step`` (0 is the first) uses: ``{slot: arm}``, or an arm where there are no slots."""
@@ -169,12 +177,12 @@ class Schedule(ABC):
             )
         indices = self.indices(step)
         values = None if scores is None else self._check_scores(scores)  # before anything changes
+        value = None if loss is None else _scalar(owner, loss)
         self.counts[np.arange(len(indices)), indices] += 1
         self.step = step + 1
         if values is not None:
             self._average_in(self._scores, indices, values)
-        self._pending.append((indices, float("nan") if loss is None else _scalar(owner, loss)))
-        self.rejected -= loss is None  # a step without a loss is not one whose loss is bad
+        self._pending.append((indices, value))
         if len(self._pending) >= _FLUSH:
             self._flush()
 
@@ -205,8 +213,8 @@ class Schedule(ABC):
             value = next(read) if isinstance(loss, Tensor) else loss
             place = self._bin(float(self.costs[indices].mean()))
             self._bins[0, place] += 1
-            if not np.isfinite(value):
-                self.rejected += 1
+            if value is None or not np.isfinite(value):
+                self._rejected += value is not None  # a step without a loss is not one whose loss is bad
                 continue
             self._bins[1, place] += 1
             self._bin_losses[place] += value
@@ -220,12 +228,12 @@ class Schedule(ABC):
     def losses(self) -> np.ndarray:
         """The running mean of the losses of steps in which a slot had an arm, ``(S, K)``; NaN where there is none."""
         self._flush()
-        return self._losses.copy()
+        return np.array(self._losses)
 
     @property
     def scores(self) -> np.ndarray:
         """The running mean of the scores of a slot with an arm, float64 ``(S, K)``; NaN where there is none."""
-        return self._scores.copy()
+        return np.array(self._scores)
 
     def histogram(self) -> Histogram:
         """Recorded steps and their losses by the step's average cost, in equal bins from the least to the largest."""
@@ -243,7 +251,7 @@ class Schedule(ABC):
             "version": VERSION,
             "fingerprint": self._fingerprint(),
             "step": self.step,
-            "rejected": self.rejected,
+            "rejected": self._rejected,
             "counts": self.counts.tolist(),
             "losses": _listed(self._losses),
             "scores": _listed(self._scores),
@@ -267,7 +275,7 @@ class Schedule(ABC):
                 f"{owner} state: it was saved by a schedule with other slots, arms or seed, whose draws were others; "
                 f"give this one the same."
             )
-        self.step, self.rejected, self._pending = state_dict["step"], state_dict["rejected"], []
+        self.step, self._rejected, self._pending = state_dict["step"], state_dict["rejected"], []
         self.counts = np.array(state_dict["counts"], dtype=np.int64)
         self._losses, self._scores = _array(state_dict["losses"]), _array(state_dict["scores"])
         self._bins = np.array(state_dict["bins"], dtype=np.int64)
@@ -313,12 +321,13 @@ class FixedSchedule(Schedule):
     @override
     def indices(self, step: int) -> np.ndarray:
         step = integer(type(self).__name__, "step", step, 0)
-        return self._rows[step % len(self._rows)].copy()
+        return np.array(self._rows[step % len(self._rows)])
 
     @override
     def probabilities(self, step: int) -> np.ndarray:
         """One for the entry's arms, zero for the others: float64 ``(S, K)``."""
-        return np.eye(len(self.arms))[self.indices(step)]
+        rows: np.ndarray = np.eye(len(self.arms))[self.indices(step)]
+        return rows
 
     @override
     def _fingerprint(self) -> int:

@@ -40,8 +40,11 @@ class Site:
         """The trainable parameters of each adapter, under its name."""
         if self.lora is None:
             return {}
-        pairs = {name: (self.lora.lora_A[name], self.lora.lora_B[name]) for name in self.lora.lora_A}
-        return {name: tuple(p for part in pair for p in part.parameters()) for name, pair in pairs.items()}
+        parts = [getattr(self.lora, part) for part in self.lora.adapter_layer_names]
+        return {
+            name: tuple(p for part in parts if name in part for p in part[name].parameters())
+            for name in self.lora.lora_A
+        }
 
     @property
     def in_use(self) -> str:
@@ -91,7 +94,7 @@ def add_adapters(
                 wrapped = peft.get_peft_model(model, config, adapter_name=name)
             else:
                 wrapped.add_adapter(name, config)
-    set_bits(wrapped, max(_widths(sites)))
+    set_bits(wrapped, {name: max(site.linear.bits) for name, site in sites.items()})
     return wrapped  # type: ignore[no-any-return]
 
 
@@ -141,7 +144,7 @@ def set_bits(model: Model, config: int | Mapping[str, int]) -> None:
         ValueError: an unknown layer or a width that a layer does not have. Nothing is changed then.
     """
     sites = _sites(model)
-    chosen = dict.fromkeys(sites, config) if isinstance(config, int) else config
+    chosen = config if isinstance(config, Mapping) else dict.fromkeys(sites, config)
     for name, width in chosen.items():
         if name not in sites:
             raise ValueError(f"set_bits(config): there is no quantized layer {name!r}{near(name, sites)}.")
@@ -181,7 +184,9 @@ def gradient_norms(model: Model) -> dict[str, Tensor]:
     norms = {}
     for name, site in _sites(model).items():
         grads = [p.grad for p in site.adapters.get(site.in_use, ()) if p.grad is not None]
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        norms[name] = (
+            torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=site.linear.ranges.device)
+        )
     return norms
 
 
@@ -209,7 +214,9 @@ def merged(model: nn.Module, config: int | Mapping[str, int], *, dtype: torch.dt
         for site in sites.values():
             plain[id(site.linear if site.lora is None else site.lora)] = _plain(site, dtype)
         base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-        return copy.deepcopy(base, plain)  # which takes what stands for an object in the memo instead of copying it
+        copied = copy.deepcopy(base, plain)  # which takes what stands for an object in the memo instead of copying it
+        copied.__dict__.pop("peft_config", None)  # peft leaves its mark on the model that it wraps
+        return copied
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ _SPREAD = {"maxent": np.inf, "gaussian": np.sqrt(0.5)}  # of the Gaussian over t
 
 def triangle(step: int, period: int, low: float, high: float) -> float:
     """The triangular wave ``low + (high - low) |2 (step mod period) / period - 1|``: it begins at ``high``."""
-    return low + (high - low) * abs(2 * (step % period) / period - 1)
+    return min(high, low + (high - low) * abs(2 * (step % period) / period - 1))  # rounding may carry it past high
 
 
 def tilted(costs: np.ndarray, mean: float, spread: float = np.inf) -> np.ndarray:
@@ -60,7 +60,7 @@ def tilted(costs: np.ndarray, mean: float, spread: float = np.inf) -> np.ndarray
     if not low <= mean <= high:
         raise ValueError(f"tilted(mean={mean}): must be between the least and the largest cost, {low:g} and {high:g}.")
     if mean in (low, high):
-        return (costs == mean).astype(np.float64)
+        return np.where(costs == mean, 1.0, 0.0)
     places = (costs - (low + high) / 2) / (high - low)  # in [-1/2, 1/2]
     target = (mean - (low + high) / 2) / (high - low)
     base = -0.5 * (places * (high - low) / spread) ** 2
@@ -238,8 +238,8 @@ class BitSchedule(ArmSchedule):
         **options: Any,
     ):
         owner = type(self).__name__
-        if isinstance(layers, str) or not layers:
-            raise ValueError(f"{owner}(layers={layers!r}): must be a list with at least one layer's name.")
+        if isinstance(layers, str) or not layers or len(set(layers)) < len(layers):
+            raise ValueError(f"{owner}(layers={layers!r}): must be a list with at least one layer's name, none twice.")
         widths = check_bits(owner, bits)
         super().__init__(arms=widths, slots=layers, mapping=mapping, period=period, seed=seed, **options)
 

@@ -46,7 +46,7 @@ class MultiBitLinear(nn.Linear):
             self.register_parameter(f"codes_{width}", _frozen(pack(encode(linear.weight, found, width), width)))
         same = all(torch.equal(found, ranges[0]) for found in ranges)
         kept = torch.stack(ranges[:1] if same else ranges)
-        self.ranges = _frozen(kept.view(torch.int16))  # as int16, since module.to(bfloat16) would round them
+        self.ranges = _frozen(kept.view(torch.uint8))  # as bytes: module.to(bfloat16) would round them
         self.train(linear.training)
 
     def range_of(self, width: int) -> Tensor:
@@ -60,7 +60,7 @@ class MultiBitLinear(nn.Linear):
         return decode(codes, self.range_of(width), width, dtype)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weights at the width in use, decoded anew: ``(O, I)``."""
         return self.decoded(self.width, self.weight_dtype)
 
@@ -97,7 +97,7 @@ class _Product(torch.autograd.Function):
             return F.linear(x, layer.decoded(width, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ ctx.layer.decoded(ctx.width, grad.dtype), None, None
 
 
@@ -157,9 +157,14 @@ def _targets(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Li
         return found
     if isinstance(targets, str):
         raise TypeError(f"quantize_model(targets={targets!r}): must be a list of names: targets=[{targets!r}].")
+    if not targets:
+        raise ValueError("quantize_model(targets=[]): must name at least one linear layer; None takes all.")
     for target in targets:
         if not any(_is_named(name, target) for name in linear):
-            raise ValueError(f"quantize_model(targets): there is no linear layer {target!r}{near(target, linear)}.")
+            known = linear if "." in target else {name.rpartition(".")[2] for name in linear}
+            raise ValueError(
+                f"quantize_model(targets): there is no linear layer {target!r}{near(target, sorted(known))}."
+            )
     return {name: module for name, module in linear.items() if any(_is_named(name, target) for target in targets)}
 
 

@@ -58,7 +58,7 @@ def encode(weight: Tensor, ranges: Tensor, bits: int) -> Tensor:
 def decode(codes: Tensor, ranges: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights ``(O, I)``, low + scale * code, that codes ``(O, I)`` stand for, computed in ``dtype``."""
     low, scale = _affine(ranges, bits, dtype)
-    groups = codes.to(dtype).unflatten(1, (ranges.shape[2], -1))
+    groups: Tensor = codes.to(dtype).unflatten(1, (ranges.shape[2], -1))
     return groups.mul_(scale).add_(low).flatten(1)  # twice as fast as addcmul
 
 

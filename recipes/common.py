@@ -93,7 +93,9 @@ def settings_table(results: Row) -> Table:
     """Options and environment, for the report."""
     pairs = {**results["options"], **results["environment"], "seconds in all": f"{results['seconds']:.0f}"}
     return Table(
-        [], [[key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for key, value in pairs.items()], True
+        [],
+        [[key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for key, value in pairs.items()],
+        True,
     )
 
 

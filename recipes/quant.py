@@ -89,10 +89,10 @@ class QuantOptions:
     averages: list[float] = field(default_factory=lambda: [2, 2.5, 3, 3.5, 4])
     group_size: int = 64
     arms: list[Name] = field(default_factory=lambda: list(DEFAULT_ARMS))
-    steps: int = 120
+    steps: int = 100
     period: int = 0
     seeds: int = 3
-    batch_size: int = 8
+    batch_size: int = 4
     accumulate: int = 1
     rank: int = 16
     lr: float = 1e-3
@@ -100,12 +100,12 @@ class QuantOptions:
     sampler: Literal["uniform", "rs2", "infobatch", "seta"] = "uniform"
     rs2_ratio: float = 0.1
     chat: bool = False
-    max_length: int = 40
+    max_length: int = 32
     test_pairs: int = 64
-    questions: int = 32
+    questions: int = 16
     budget: float = 2.5
     search: list[int] = field(default_factory=lambda: [100, 50])
-    search_pairs: int = 16
+    search_pairs: int = 8
     evaluate: Literal["test", "validation"] = "test"
     accelerator: Literal["cpu", "gpu", "mps"] = "cpu"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -174,7 +174,7 @@ class Tuner(LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = response_losses(self.model, batch)
-        loss = losses.mean()
+        loss: Tensor = losses.mean()
         loss = self.sampler.observe(batch["sample_id"], losses)  # samplewise
         return loss
 

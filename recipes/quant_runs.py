@@ -151,13 +151,10 @@ class Comparison:
             for average, config in self.configs.items()
         ]  # fmt: skip
         return Run(
-            arm,
-            seed,
-            [score for run in runs for score in run.scores],
-            steps * len(runs),
-            *(sum(getattr(run, key) for run in runs) for key in ("seconds", "setup_seconds", "test_seconds")),
-            np.concatenate([run.averages for run in runs]),
-        )
+            arm, seed, [score for run in runs for score in run.scores], steps * len(runs),
+            sum(run.seconds for run in runs), sum(run.setup_seconds for run in runs),
+            sum(run.test_seconds for run in runs), np.concatenate([run.averages for run in runs]),
+        )  # fmt: skip
 
     def _trained(
         self, arm: Arm, seed: int, schedule: Schedule, steps: int, configs: dict[float, Config], name: str, bars: Bars
@@ -178,8 +175,9 @@ class Comparison:
             self._search(model, name, bars)
         self.model = model.unload()
         averages = np.array([schedule.average(step) for step in range(steps)])
-        times = (trained - ready, ready - begin, tested - trained)
-        return Run(arm, seed, scores, steps, *times, averages, schedule.counts)
+        return Run(
+            arm, seed, scores, steps, trained - ready, ready - begin, tested - trained, averages, schedule.counts
+        )  # fmt: skip
 
     # --- tests ---
 

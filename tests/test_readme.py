@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bits_support import tiny_llama
 from negatives_support import WORDS, texts, tokenize
 from torch.utils.data import TensorDataset
+
+from samplewise.plugins.multi_bit import MultiBitLinear
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
 
@@ -30,8 +33,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_six_examples():
-    assert len(BLOCKS) == 6
+def test_there_are_the_seven_examples():
+    assert len(BLOCKS) == 7
 
 
 def test_plain_loop_and_lightning(names):
@@ -77,7 +80,17 @@ def test_offline_rl(names, capsys):
     assert drawn[data.returns.argmax()] > drawn[data.returns.argmin()]
 
 
+def test_one_run_for_every_bit_width(names):
+    model = tiny_llama()
+    names |= {"language_model": model, "batches": torch.randint(0, 97, (3, 2, 8)).unbind()}
+    names["validation_loss"] = lambda config: float(sum(4.0**-bits for bits in config.values()))
+    exec(BLOCKS[5], names)
+    assert names["schedule"].step == 3
+    assert names["found"].average.max() <= 2.5
+    assert not any(isinstance(module, MultiBitLinear) for module in names["plain"].modules())
+
+
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[5])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[6])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5
