@@ -57,7 +57,7 @@ class PairSplits:
     """The pairs of each part.
 
     Attributes:
-        train, validation, test: parts of a package share no module, those of a single file share no prompt.
+        train, validation, test: no two parts share a prompt, nor, of packages, a module.
         source: where they came from, in words.
     """
 
@@ -92,7 +92,12 @@ def load_pairs(data: str, *, say: Say = print) -> PairSplits:
         found = unique(
             pair for name, folder in zip(DOCUMENTED, folders, strict=True) for pair in documented(folder, name)
         )
-        keyed = [(entry.module, _pair(entry, data)) for entry in found]
+        keyed, prompts = [], set[str]()
+        for entry in found:
+            pair = _pair(entry, data)
+            if pair.prompt not in prompts:  # many functions have the same first line; the first of them is taken
+                prompts.add(pair.prompt)
+                keyed.append((entry.module, pair))
         source = "first sentences of docstrings and their functions, from " + ", ".join(map(origin, folders))
         return _checked(data, PairSplits(**_parted(keyed), source=source))
     path = Path(data)

@@ -220,7 +220,10 @@ def test_command_line_without_extras(installed, core, tmp_path):
     doctor = python([installed, core], tmp_path, script, "doctor")
     assert "missing lightning: pip install 'samplewise[lightning]'" in doctor
     assert "missing matplotlib: pip install 'samplewise[report]'" in doctor
-    assert "lightning, peft, matplotlib, bm25s, ir-measures, gymnasium, mujoco, imageio, minari, h5py, accelerate, gguf" in doctor
+    assert (
+        "lightning, peft, matplotlib, bm25s, ir-measures, gymnasium, mujoco, imageio, minari, h5py, accelerate, gguf"
+        in doctor
+    )
     run = python([installed, core], tmp_path, script, "run", "prune", status=1)
     assert "pip install 'samplewise[recipes]'" in run
     assert "Traceback" not in run
