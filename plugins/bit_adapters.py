@@ -135,6 +135,8 @@ Model = nn.Module | Mapping[str, Site]
 def set_bits(model: Model, config: int | Mapping[str, int]) -> None:
     """Choose every layer's width, and with it its adapter; nothing is allocated or copied.
 
+    Call it between optimizer steps: checkpointed activations are recomputed at the widths that are in use then.
+
     Args:
         model: with quantized layers, or what :func:`find_layers` gave.
         config: one width for all layers, or a width for each layer's name; layers that it does not name stay as

@@ -29,7 +29,7 @@ def settings(tmp_path_factory):
     lines = [{"prompt": f"{n}: {words[n % 5]}", "response": words[(n + 1) % 5] * 2} for n in range(200)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return QuantOptions(
-        data=str(folder / "pairs.jsonl"), model=str(folder / "model"), group_size=32, steps=10, seeds=2, batch_size=4,
+        data=str(folder / "pairs.jsonl"), model=str(folder / "model"), group_size=32, steps=10, seeds=1, batch_size=4,
         rank=2, lr=1e-2, test_pairs=8, questions=4, search=[6, 3], search_pairs=4, out=str(folder / "out"),
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def results(settings):
 
 def test_every_arm_is_tested_at_every_average_with_equal_steps(results, settings):
     tested = {(row["arm"], row["seed"], row["average"]) for row in results["runs"]}
-    trained = {(arm, seed, average) for arm in settings.arms for seed in (0, 1) for average in settings.averages}
+    trained = {(arm, seed, average) for arm in settings.arms for seed in [0] for average in settings.averages}
     assert tested == trained | {("rtn", 0, average) for average in settings.averages}
     assert {row["steps"] for row in results["runs"] if row["arm"] != "rtn"} == {10}
     assert all(np.isfinite(row["loss"]) and row["perplexity"] == np.exp(row["loss"]) for row in results["runs"])
