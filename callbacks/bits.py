@@ -33,7 +33,7 @@ class SwitchBits(Callback):
     Args:
         schedule: draws ``{layer: width}``, such as a :class:`~samplewise.plugins.BitSchedule`.
         evaluate: the configuration of evaluations (a width for all layers, or ``{layer: width}``), or a list of them,
-            one for each loader of an evaluation; None: each layer's largest width.
+            one for each loader of an evaluation; layers that it does not name, and None: the layer's largest width.
 
     Raises:
         TypeError: ``schedule`` is no Schedule with slots.
@@ -110,12 +110,13 @@ class SwitchBits(Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            self.switch.add_loss(loss)  # Lightning has divided it by the batches that are accumulated
+            # Lightning has divided it by this number, also where an epoch's last step has fewer batches
+            self.switch.add_loss(loss * trainer.accumulate_grad_batches)
         if self._step is not None and trainer.global_step > self._step:
             pl_module.log(
                 "samplewise/bits", self.schedule.average(self._step), on_step=True, on_epoch=False, batch_size=1
             )
-            self.switch.end(self._step)
+            self.switch.end(self._step, shares=False)
 
     # --- evaluation ---
 

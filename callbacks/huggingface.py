@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,34 @@ def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Conf
     callback = SwitchBits(schedule, evaluate=evaluate)
     callback.switch.find(trainer.model)
     callback.switch.pin()
-    train_batch = trainer.training_step
+    train, create_optimizer, train_batch = trainer.train, trainer.create_optimizer, trainer.training_step
+
+    def train_from(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        callback.given = resume_from_checkpoint
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer_for_all(*args: Any, **kwargs: Any) -> Any:
+        callback.switch.find(trainer.model)
+        callback.switch.unfreeze()  # a Trainer that has loaded a checkpoint leaves one adapter trainable
+        return create_optimizer(*args, **kwargs)
 
     def training_step(*args: Any, **kwargs: Any) -> Any:
         loss = train_batch(*args, **kwargs)  # its share of the step's, over the batches that are accumulated
         callback.switch.add_loss(loss)
         return loss
 
-    trainer.training_step = training_step
+    trainer.train, trainer.create_optimizer, trainer.training_step = train_from, create_optimizer_for_all, training_step
     trainer.add_callback(callback)
     return callback
 
 
-class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
     """Switches bit widths for a ``transformers.Trainer``; :func:`attach` makes one."""
 
     def __init__(self, schedule: Schedule, *, evaluate: Config | Sequence[Config] | None = None):
         self.switch = Switch("attach", schedule, evaluate)
         self.schedule = schedule
+        self.given: Any = None  # what `train` was told to resume from
         if len(self.switch.pins) > 1:
             raise ValueError(
                 "attach(evaluate): must be one configuration; a Trainer does not tell where loaders begin."
@@ -87,7 +98,7 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc,name-define
                 )
                 self.schedule.reset(0)
             return
-        file = _checkpoint(args, state) / STATE_FILE
+        file = _checkpoint(self.given, args, state) / STATE_FILE
         if file.is_file():
             self.schedule.load_state_dict(json.loads(file.read_text()))
         elif self.schedule.step != state.global_step:
@@ -108,7 +119,7 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc,name-define
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch.end(state.global_step - 1)
+        self.switch.end(state.global_step - 1, shares=True)
         self.switch.pin()
 
     @override
@@ -121,8 +132,8 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc,name-define
             temporary.replace(folder / STATE_FILE)
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    """The folder that training is resumed from: the arguments name it, or it is the output folder's of that step."""
-    given = args.resume_from_checkpoint
-    named = isinstance(given, str) and (Path(given) / STATE_FILE).is_file()
-    return Path(given) if named else Path(args.output_dir) / f"checkpoint-{state.global_step}"
+def _checkpoint(given: Any, args: Any, state: Any) -> Path:
+    """The folder that training is resumed from: the one that was given, or the output folder's of that step."""
+    if isinstance(given, str | PathLike):
+        return Path(given)
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -80,7 +80,15 @@ class Switch:
         self.sites = sites
 
     def _config(self, pin: Config | None, sites: Mapping[str, Site]) -> Config:
-        return {name: site.linear.bits[-1] for name, site in sites.items()} if pin is None else pin
+        if isinstance(pin, int):
+            return pin
+        return {**{name: site.linear.bits[-1] for name, site in sites.items()}, **(pin or {})}
+
+    def unfreeze(self) -> None:
+        """Make all adapters trainable: peft's own switch, which loading may use, freezes all but one of a model."""
+        for site in self.sites.values():
+            if site.lora is not None:
+                site.lora.set_requires_grad(list(site.lora.lora_A), True)
 
     def check_ddp(self, finds_unused: bool) -> None:
         """Refuse a DDP that waits for the gradients of adapters that a step does not use.
@@ -110,12 +118,13 @@ class Switch:
             self._norms = gradient_norms(self.sites)
 
     def add_loss(self, loss: Tensor) -> None:
-        """The loss of a batch, its share of the step's: what is added up over the batches of a step."""
+        """The loss of a batch of the step, or its share of the step's loss."""
         self._losses.append(loss.detach())
 
-    def end(self, step: int) -> None:
-        """After the optimizer's step: record it. Collective."""
-        loss = mean_over_ranks(torch.stack(self._losses).sum()) if self._losses else None
+    def end(self, step: int, *, shares: bool) -> None:
+        """After the optimizer's step: record it, with the sum of the batches' shares or their mean loss. Collective."""
+        losses = torch.stack(self._losses) if self._losses else None
+        loss = None if losses is None else mean_over_ranks(losses.sum() if shares else losses.mean())
         self.schedule.record(step, loss=loss, scores=self._norms)
         self._losses, self._norms = [], None
 

@@ -222,13 +222,13 @@ def resume_all(folder: Path) -> None:
     torch.save(results, folder / "resumed.pt")
 
 
-def run_job(job: str, folder: Path, *, world: int = 1, timeout: float = 240) -> str:
-    """Run a job in a new process (under DDP, in ``world`` of them) and give what it printed."""
+def run_job(job: str, folder: Path, *, world: int = 1, timeout: float = 240, script: str = __file__) -> str:
+    """Run a script's job in a new process (under DDP, in ``world`` of them) and give what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD": str(world)}
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     process = subprocess.Popen(
-        [sys.executable, __file__, job, str(folder)],
+        [sys.executable, script, job, str(folder)],
         env=environment,
         start_new_session=True,
         stdout=subprocess.PIPE,
