@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from samplewise.callbacks.switching import Config, Switch
 from samplewise.loaders.schedule import Schedule
+from samplewise.plugins.multi_bit import MultiBitLinear
 
 VERSION = 1
 
@@ -55,6 +56,12 @@ class SwitchBits(Callback):
         self._refuse_state = self._restored = False
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and any(isinstance(module, MultiBitLinear) for module in pl_module.modules()):
+            self.switch.find(pl_module)
+            self.switch.unfreeze()  # before configure_optimizers asks which parameters are trainable
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._refuse_state = trainer.state.fn != TrainerFn.FITTING  # `trainer.test(ckpt_path=...)` is no resume
 
@@ -80,6 +87,7 @@ class SwitchBits(Callback):
         if isinstance(model, DistributedDataParallel):
             self.switch.check_ddp(model.find_unused_parameters and not model.static_graph)
         self.switch.forget()
+        self.switch.check_adapters()
         self._step = None
         if trainer.global_step != self.schedule.step:
             warnings.warn(

@@ -29,8 +29,8 @@ def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Conf
     Args:
         trainer: before ``train()``; its model has quantized layers and adapters.
         schedule: draws ``{layer: width}``.
-        evaluate: the configuration of evaluations; None: each layer's largest width. To evaluate at others, set
-            ``callback.switch.pins`` to ``[config]`` before ``trainer.evaluate()``.
+        evaluate: the configuration of evaluations; layers that it does not name, and None: the layer's largest width.
+            To evaluate at another after the training, call ``set_bits(trainer.model, config)`` first.
 
     Returns:
         The callback that the trainer has now.
@@ -47,8 +47,15 @@ def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Conf
     """
     if not isinstance(trainer, transformers.Trainer):
         raise TypeError(f"attach(trainer={type(trainer).__name__}): a transformers.Trainer is needed.")
+    if any(isinstance(other, SwitchBits) for other in trainer.callback_handler.callbacks):
+        raise RuntimeError("attach(trainer): it has a schedule already; make a new Trainer for another one.")
     callback = SwitchBits(schedule, evaluate=evaluate)
     callback.switch.find(trainer.model)
+    if trainer.args.load_best_model_at_end:
+        raise ValueError(
+            "attach(trainer): load_best_model_at_end=True looks for a single adapter, and keeps the last weights where "
+            "there are several; set it to False, and load the best checkpoint by train(resume_from_checkpoint=...)."
+        )
     callback.switch.pin()
     train, create_optimizer, train_batch = trainer.train, trainer.create_optimizer, trainer.training_step
 
@@ -87,6 +94,7 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.switch.find(kwargs["model"])
         self.switch.forget()
+        self.switch.check_adapters()
         if world_size() > 1:
             finds = args.ddp_find_unused_parameters  # transformers takes None for "unless there is checkpointing"
             self.switch.check_ddp(not args.gradient_checkpointing if finds is None else finds)
@@ -121,6 +129,12 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.switch.end(state.global_step - 1, shares=True)
         self.switch.pin()
+
+    @override
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch.pin()  # training may stop within a step
+
+    on_train_end = on_epoch_end
 
     @override
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

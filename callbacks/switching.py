@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,9 @@ class Switch:
                 f"{owner}(schedule={type(schedule).__name__}): a Schedule with a slot for each layer is needed: "
                 f"BitSchedule(layers=quantize_model(model))."
             )
-        pins = list(evaluate) if isinstance(evaluate, Sequence) else [evaluate]
+        pins = list(evaluate) if isinstance(evaluate, Sequence) and not isinstance(evaluate, str) else [evaluate]
+        if wrong := [pin for pin in pins if not (pin is None or isinstance(pin, Integral | Mapping))]:
+            raise TypeError(f"{owner}(evaluate): must be widths or {{layer: width}}, one or a list; got {wrong[0]!r}.")
         if not pins:
             raise ValueError(
                 f"{owner}(evaluate=[]): must hold at least one configuration; leave it out for the largest."
@@ -80,8 +84,8 @@ class Switch:
         self.sites = sites
 
     def _config(self, pin: Config | None, sites: Mapping[str, Site]) -> Config:
-        if isinstance(pin, int):
-            return pin
+        if isinstance(pin, Integral):
+            return int(pin)
         return {**{name: site.linear.bits[-1] for name, site in sites.items()}, **(pin or {})}
 
     def unfreeze(self) -> None:
@@ -89,6 +93,15 @@ class Switch:
         for site in self.sites.values():
             if site.lora is not None:
                 site.lora.set_requires_grad(list(site.lora.lora_A), True)
+
+    def check_adapters(self) -> None:
+        """Warn where the quantized layers, which are frozen, have nothing around them that is trained."""
+        if all(site.lora is None for site in self.sites.values()):
+            warnings.warn(
+                f"{self.owner}: the quantized layers have no adapters, so that no width is trained; call "
+                f"add_adapters(model) after quantize_model(model).",
+                stacklevel=3,
+            )
 
     def check_ddp(self, finds_unused: bool) -> None:
         """Refuse a DDP that waits for the gradients of adapters that a step does not use.
@@ -114,7 +127,7 @@ class Switch:
     def before_optimizer(self) -> None:
         """Between the last backward pass of a step and the optimizer's step."""
         drop_unsampled_gradients(self.sites)
-        if getattr(self.schedule, "needs_scores", False):
+        if self.schedule.needs_scores:
             self._norms = gradient_norms(self.sites)
 
     def add_loss(self, loss: Tensor) -> None:

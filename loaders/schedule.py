@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class Schedule(ABC):
         ema: float = 0.9,
     ):
         owner = type(self).__name__
-        self.arms = tuple(arms)
+        self.arms = tuple(arm.item() if isinstance(arm, np.generic | Tensor) else arm for arm in arms)
         if not self.arms or any(arm in self.arms[:k] for k, arm in enumerate(self.arms)):
             raise ValueError(f"{owner}(arms={list(arms)!r}): must hold at least one arm, and none twice.")
         if isinstance(slots, str) or not all(isinstance(slot, str) for slot in slots or ()):
@@ -103,8 +104,7 @@ class Schedule(ABC):
 
     def _check_costs(self, costs: Sequence[float] | None) -> np.ndarray:
         if costs is None:
-            numbers = all(isinstance(arm, int | float) and not isinstance(arm, bool) for arm in self.arms)
-            costs = self.arms if numbers else range(len(self.arms))
+            costs = self.arms if _are_numbers(self.arms) else range(len(self.arms))
         array = np.array(costs, dtype=np.float64)
         owner = type(self).__name__
         if array.shape != (len(self.arms),) or not np.isfinite(array).all() or not (np.diff(array) > 0).all():
@@ -150,6 +150,9 @@ class Schedule(ABC):
         """The mean cost of a step's arms over the slots."""
         return float(self.costs[self.indices(step)].mean())
 
+    needs_loss = needs_scores = False
+    """Whether draws depend on what :meth:`record` is given."""
+
     def check_steps(self, steps: int) -> None:  # noqa: B027  (a method may have nothing to warn of)
         """Warn where a training of so many optimizer steps does not get from this schedule what it is for."""
 
@@ -173,8 +176,12 @@ class Schedule(ABC):
         step = integer(owner, "step", step, 0)
         if step < self.step:
             raise ValueError(
-                f"{owner}.record(step={step}): step {self.step} is the next one; call load_state_dict to go back."
+                f"{owner}.record(step={step}): step {self.step} is the next one: steps are counted over all epochs; "
+                f"load_state_dict goes back, reset begins anew."
             )
+        for name, needed, given in (("loss", self.needs_loss, loss), ("scores", self.needs_scores, scores)):
+            if needed and given is None:
+                raise ValueError(f"{owner}.record({name}=None): its draws depend on it; give it in each step.")
         indices = self.indices(step)
         values = None if scores is None else self._check_scores(scores)  # before anything changes
         value = None if loss is None else _scalar(owner, loss)
@@ -272,14 +279,17 @@ class Schedule(ABC):
             )
         if state_dict["fingerprint"] != self._fingerprint():
             raise ValueError(
-                f"{owner} state: it was saved by a schedule with other slots, arms or seed, whose draws were others; "
-                f"give this one the same."
+                f"{owner} state: it was saved by a schedule with other slots, arms, seed or options, so "
+                f"that its draws were others; give this one the same."
             )
-        self.step, self._rejected, self._pending = state_dict["step"], state_dict["rejected"], []
-        self.counts = np.array(state_dict["counts"], dtype=np.int64)
-        self._losses, self._scores = _array(state_dict["losses"]), _array(state_dict["scores"])
-        self._bins = np.array(state_dict["bins"], dtype=np.int64)
-        self._bin_losses = np.array(state_dict["bin_losses"], dtype=np.float64)
+        counts, bins = (np.array(state_dict[key], dtype=np.int64) for key in ("counts", "bins"))
+        losses, scores = (_array(state_dict[key]) for key in ("losses", "scores"))
+        sums = np.array(state_dict["bin_losses"], dtype=np.float64)
+        found, own = (counts, losses, scores, bins, sums), (self.counts, self._losses, self._scores, self._bins)
+        if [part.shape for part in found] != [part.shape for part in (*own, self._bin_losses)]:
+            raise ValueError(f"{owner} state: its statistics have other shapes; it is damaged.")
+        self.step, self._rejected, self._pending = int(state_dict["step"]), int(state_dict["rejected"]), []
+        self.counts, self._losses, self._scores, self._bins, self._bin_losses = found
 
     def _fingerprint(self) -> int:
         return derive(self.seed, "schedule", repr(self.arms), repr(self.slots), repr(self.costs.tolist()))
@@ -309,13 +319,13 @@ class FixedSchedule(Schedule):
         for number, entry in enumerate(entries):
             if isinstance(entry, Mapping) != (slots is not None) or (slots is not None and set(entry) != set(slots)):
                 raise ValueError(f"FixedSchedule(entries): entry {number} has other slots than the first one.")
-            rows.append([entry] if slots is None else [entry[name] for name in names])
+            row = [entry] if slots is None else [entry[name] for name in names]
+            rows.append([arm.item() if isinstance(arm, np.generic | Tensor) else arm for arm in row])
         arms: list[Any] = []
         for arm in (arm for row in rows for arm in row):
             if arm not in arms:
                 arms.append(arm)
-        numbers = all(isinstance(arm, int | float) for arm in arms)
-        super().__init__(arms=sorted(arms) if numbers else arms, slots=slots, seed=seed)
+        super().__init__(arms=sorted(arms) if _are_numbers(arms) else arms, slots=slots, seed=seed)
         self._rows = np.array([[self.arms.index(arm) for arm in row] for row in rows], dtype=np.int64)
 
     @override
@@ -332,6 +342,10 @@ class FixedSchedule(Schedule):
     @override
     def _fingerprint(self) -> int:
         return derive(super()._fingerprint(), "fixed", repr(self._rows.tolist()))
+
+
+def _are_numbers(arms: Sequence[Any]) -> bool:
+    return all(isinstance(arm, Real) and not isinstance(arm, bool) for arm in arms)
 
 
 def _scalar(owner: str, loss: Tensor | float) -> Tensor | float:

@@ -6,13 +6,14 @@ group-wise at every width b, and an adapter of its own for each width (decoupled
     y = x W_b'  +  (alpha / r) (x A_b') B_b'  +  bias
 
 `set_bits` chooses b for every layer without allocating anything. Adapters are peft's (one named after each width), so
-that what peft has works on them: initialisations, dropout, saving, loading. peft switches the adapters of a whole
+that what peft has works on them: dropout, rank patterns, saving, loading. peft switches the adapters of a whole
 model; here each layer has its own switch.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from samplewise.loaders.seeding import derive
 from samplewise.plugins.multi_bit import MultiBitLinear, near
 
 SHARED = "shared"
+_REFUSED = {"use_dora", "lora_bias", "bias", "modules_to_save", "target_modules", "target_parameters", "fan_in_fan_out"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def add_adapters(
         alpha: their outputs are multiplied by alpha / r.
         shared: one adapter for all widths of a layer in place of one for each.
         seed: their first values depend on it and on nothing else; all widths of a layer start alike.
-        **lora: more of peft's ``LoraConfig``, such as ``lora_dropout``.
+        **lora: more of peft's ``LoraConfig``, such as ``lora_dropout``; nothing that adds to B A, or changes W.
 
     Returns:
         peft's model around ``model``; nothing but the adapters is trainable.
@@ -79,11 +81,19 @@ def add_adapters(
     """
     peft = optional_import("add_adapters", "peft", "quant")
     rank = integer("add_adapters", "rank", rank, 1)
+    if wrong := sorted(set(lora) & _REFUSED):
+        raise ValueError(f"add_adapters({wrong[0]}=...): cannot be had here, where an adapter is B A and nothing else.")
+    if lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"add_adapters(init_lora_weights={lora['init_lora_weights']!r}): changes the weights, which are packed; "
+            f"take True, False, 'gaussian' or 'orthogonal'."
+        )
     sites = find_layers(model)
     if any(site.lora is not None for site in sites.values()):
         raise ValueError("add_adapters(model): it has adapters already.")
     names = [SHARED] if shared else [adapter_name(width) for width in _widths(sites)]
-    targets = [name for name, module in model.named_modules() if isinstance(module, MultiBitLinear)]
+    places = [name for name, module in model.named_modules() if isinstance(module, MultiBitLinear)]
+    targets = "|".join(map(re.escape, places))  # peft takes a list for ends of names, a pattern for whole names
     given = {"r": rank, "lora_alpha": alpha, "target_modules": targets, **lora}
     wrapped: Any = None
     for name in names:
@@ -94,8 +104,13 @@ def add_adapters(
                 wrapped = peft.get_peft_model(model, config, adapter_name=name)
             else:
                 wrapped.add_adapter(name, config)
+    wrapped.merge_and_unload = wrapped.merge_adapter = _refuse_merge
     set_bits(wrapped, {name: max(site.linear.bits) for name, site in sites.items()})
     return wrapped  # type: ignore[no-any-return]
+
+
+def _refuse_merge(*_: Any, **__: Any) -> None:
+    raise RuntimeError("peft cannot merge adapters into quantized layers; call merged(model, config) for a plain copy.")
 
 
 def _widths(sites: Mapping[str, Site]) -> list[int]:
@@ -138,8 +153,8 @@ def set_bits(model: Model, config: int | Mapping[str, int]) -> None:
     Call it between optimizer steps: checkpointed activations are recomputed at the widths that are in use then.
 
     Args:
-        model: with quantized layers, or what :func:`find_layers` gave.
-        config: one width for all layers, or a width for each layer's name; layers that it does not name stay as
+        model: with quantized layers; or, in a loop, what :func:`find_layers` gave, which saves a search in each step.
+        config: one width for all layers, or a width for each layer's full name; layers that it does not name stay as
             they are.
 
     Raises:
@@ -152,7 +167,10 @@ def set_bits(model: Model, config: int | Mapping[str, int]) -> None:
             raise ValueError(f"set_bits(config): there is no quantized layer {name!r}{near(name, sites)}.")
         if width not in sites[name].linear.bits:
             has = ", ".join(map(str, sites[name].linear.bits))
-            raise ValueError(f"set_bits(config): {name} is to have {width} bits, and is quantized at {has}.")
+            raise ValueError(f"set_bits(config): {name} is to have {width!r} bits, and is quantized at {has}.")
+        site = sites[name]
+        if site.lora is not None and not {SHARED, adapter_name(width)} & set(site.lora.lora_A):
+            raise ValueError(f"set_bits(config): {name} has no adapter for {width} bits; load or add it.")
     for name, width in chosen.items():
         site = sites[name]
         site.linear.width = int(width)
@@ -192,12 +210,16 @@ def gradient_norms(model: Model) -> dict[str, Tensor]:
     return norms
 
 
+def layer_sizes(model: Model) -> dict[str, int]:
+    """The number of weights of every quantized layer: what averages over weights, not layers, need."""
+    linears = {name: site.linear for name, site in _sites(model).items()}
+    return {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+
+
 def stored_bits_per_weight(model: Model) -> float:
     """Bits that the quantized layers' weights take, codes and ranges of all widths, for each weight."""
-    linears = [site.linear for site in _sites(model).values()]
-    return sum(layer.stored_bits for layer in linears) / sum(
-        layer.in_features * layer.out_features for layer in linears
-    )
+    sites = _sites(model)
+    return sum(site.linear.stored_bits for site in sites.values()) / sum(layer_sizes(sites).values())
 
 
 def merged(model: nn.Module, config: int | Mapping[str, int], *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -209,7 +231,8 @@ def merged(model: nn.Module, config: int | Mapping[str, int], *, dtype: torch.dt
         dtype: of the new layers' weights; None: what they had before they were quantized.
 
     Returns:
-        What the model was before :func:`quantize_model`, with other weights: transformers can save it, for example.
+        What the model was before :func:`quantize_model`, with other weights: transformers can save it, for example. Its
+        parameters are not trainable.
     """
     with pinned(model, config) as sites:
         plain: dict[int, Any] = {}

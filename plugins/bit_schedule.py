@@ -128,7 +128,7 @@ class ArmSchedule(Schedule):
     Args:
         arms: K values, such as lengths or ranks.
         slots: S names, each with an arm of its own in a step; None: one arm a step.
-        costs: a number for each arm, ascending; None: the arms themselves.
+        costs: a number for each arm, ascending; None: the arms themselves, where they are numbers, else 0 to K - 1.
         mapping: ``"maxent"``, ``"adjacent"`` or ``"gaussian"`` (balanced over a period), ``"uniform"``, ``"loss"`` or
             ``"grad_norm"`` (in proportion to what was recorded).
         period: P, optimizer steps in which the expected average goes from the largest cost to the least and back.
@@ -158,15 +158,10 @@ class ArmSchedule(Schedule):
     ):
         owner = type(self).__name__
         choice(owner, "mapping", mapping, *BALANCED, "uniform", *ADAPTIVE)
-        self.mapping = mapping
+        self.mapping, self.needs_loss, self.needs_scores = mapping, mapping == "loss", mapping == "grad_norm"
         self.period = integer(owner, "period", period, 2, what="the length of a wave in optimizer steps")
         self.uniform_share = share(owner, "uniform_share", uniform_share, what="a share of the draws")
         super().__init__(arms=arms, slots=slots, costs=costs, seed=seed, **options)
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether draws depend on the scores that :meth:`record` is given."""
-        return self.mapping == "grad_norm"
 
     def target(self, step: int) -> float:
         """The expected average cost of a step; with ``"loss"`` and ``"grad_norm"`` as things are now."""
@@ -213,7 +208,8 @@ class BitSchedule(ArmSchedule):
         layers: the layers' names, as :func:`~samplewise.plugins.quantize_model` gives them.
         bits: the widths, ascending, each in [1, 8].
         period: optimizer steps of a wave, with the balanced mappings; not more than the training has.
-        mapping: ``"maxent"``, ``"adjacent"``, ``"gaussian"``, ``"uniform"``, ``"loss"`` or ``"grad_norm"``.
+        mapping: ``"maxent"``, ``"gaussian"`` or ``"adjacent"`` (balanced over a period, with more or fewer different
+            widths in a configuration), ``"uniform"``, ``"loss"`` or ``"grad_norm"`` (by what was recorded).
         seed: of the draws.
         **options: ``uniform_share`` of ``"loss"`` and ``"grad_norm"``; ``ema`` of the statistics.
 
@@ -238,6 +234,7 @@ class BitSchedule(ArmSchedule):
         **options: Any,
     ):
         owner = type(self).__name__
+        layers = layers if isinstance(layers, str) else tuple(layers)
         if isinstance(layers, str) or not layers or len(set(layers)) < len(layers):
             raise ValueError(f"{owner}(layers={layers!r}): must be a list with at least one layer's name, none twice.")
         widths = check_bits(owner, bits)

@@ -14,6 +14,7 @@ The counts and the word correlation are the paper's; the rest is [ours], and `se
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -34,13 +35,13 @@ Levels = tuple[int, ...]  # for each layer the index of its width
 _TRIES = 5  # draws for each configuration wanted; what is missing then is enumerated
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BitSearch:
     """What was tried and what came of it, in the order of the evaluations.
 
     Attributes:
         configs: n configurations.
-        average: float64 (n,), their average bits a weight.
+        average: float64 (n,), their average bits: a weight, where sizes were given, else a layer.
         losses: float64 (n,), as evaluated: `rejected` of them are not finite.
         stage: int64 (n,), 1 or 2.
         best: index of the lowest finite loss, the first of equal ones.
@@ -109,9 +110,10 @@ def search_bits(
     comes from the whole one. Where draws bring nothing new the rest is enumerated: a small space is tried completely.
 
     Args:
-        evaluate: from a configuration to its loss on validation data; lower is better, what is not finite never wins.
+        evaluate: from a configuration to its loss on validation data, with `set_bits(model, config)` or `pinned` first;
+            lower is better, what is not finite never wins.
         layers: names, all different.
-        budget: highest average bits a weight.
+        budget: highest average bits, a weight or, without sizes, a layer.
         bits: widths to choose from, increasing.
         sizes: weights (parameters) of each layer; None: all layers count the same. Of other layers: ignored.
         first: configurations of stage one, >= 1.
@@ -149,6 +151,9 @@ def search_bits(
     if not finite.any():
         fault = f"evaluate gave no finite loss for any of {done} configurations"
         raise ValueError(f"{owner}: {fault}; the first, width {widths[0]} everywhere, gave {losses[0]}: look into it.")
+    if done > 1 and len(set(losses)) == 1:
+        fault = f"evaluate gave the same loss for all of {done} configurations"
+        warnings.warn(f"{owner}: {fault}; call set_bits(model, config) in it before the loss.", stacklevel=2)
     tried = np.array(rows)[finite]
     gains = _partial_correlations(widths[tried], space.average(tried), np.array(losses)[finite])
     for key, part in enumerate((space.shrunk(gains), space), 2):

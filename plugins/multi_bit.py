@@ -131,6 +131,8 @@ def quantize_model(
         raise ValueError(f"quantize_model(group_size={group_size}): must be a multiple of 8, for whole bytes of codes.")
     found = _targets(model, targets)
     for name, linear in found.items():
+        if linear.weight.is_meta or not linear.weight.numel():
+            raise ValueError(f"quantize_model(model): {name} has no weights; load them first.")
         if linear.in_features % group_size:
             raise ValueError(
                 f"quantize_model(group_size={group_size}): {name} has {linear.in_features} inputs, which groups of "
@@ -140,20 +142,30 @@ def quantize_model(
             raise ValueError(f"quantize_model(model): {name} has weights that are not finite.")
         if float(linear.weight.detach().abs().max()) > torch.finfo(torch.float16).max:
             raise ValueError(f"quantize_model(model): {name} has weights beyond float16, which ranges are kept in.")
+    aliases: dict[int, list[str]] = {id(linear): [] for linear in found.values()}
+    for name, module in model.named_modules(remove_duplicate=False):  # a layer may be registered under several names
+        if id(module) in aliases:
+            aliases[id(module)].append(name)
     for name, linear in found.items():
-        parent, _, own = name.rpartition(".")
         new = MultiBitLinear(linear, bits=bits, group_size=group_size, name=name, find=find)
-        setattr(model.get_submodule(parent), own, new)
+        for other in aliases[id(linear)]:
+            parent, _, own = other.rpartition(".")
+            setattr(model.get_submodule(parent), own, new)
     return list(found)
 
 
 def _targets(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ValueError("quantize_model(model): it has adapters; quantize the model first, then add_adapters(model).")
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
     if targets is None:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {name: module for name, module in linear.items() if module is not output}
+        getters = [getattr(module, "get_output_embeddings", lambda: None) for module in model.modules()]
+        outputs = {id(getter()) for getter in getters}
+        found = {name: module for name, module in linear.items() if id(module) not in outputs}
         if not found:
-            raise ValueError("quantize_model(model): it has no linear layers (torch.nn.Linear) to quantize.")
+            again = any(isinstance(module, MultiBitLinear) for module in model.modules())
+            reason = "its linear layers are quantized already" if again else "it has no linear layers (torch.nn.Linear)"
+            raise ValueError(f"quantize_model(model): {reason}.")
         return found
     if isinstance(targets, str):
         raise TypeError(f"quantize_model(targets={targets!r}): must be a list of names: targets=[{targets!r}].")
@@ -176,7 +188,7 @@ def near(name: str, known: Iterable[str]) -> str:
     """For an error: the name of ``known`` that is most like a wrong one."""
     known = list(known)
     like = get_close_matches(name, known, n=1)
-    return f"; did you mean {like[0]!r}?" if like else f"; there are {len(known)}, such as {known[:1]}"
+    return f"; did you mean {like[0]!r}" if like else f"; there are {len(known)}, such as {known[:1]}"
 
 
 def _frozen(values: Tensor) -> nn.Parameter:

@@ -50,22 +50,23 @@ def group_ranges(weight: Tensor, bits: int, group_size: int, find: FindRange = m
 def encode(weight: Tensor, ranges: Tensor, bits: int) -> Tensor:
     """The nearest codes, uint8 ``(O, I)``, of weights ``(O, I)`` for their groups' ranges ``(2, O, G)``."""
     groups = weight.detach().float().unflatten(1, (ranges.shape[2], -1))
-    low, scale = _affine(ranges, bits, torch.float32)
+    low, scale = _affine(ranges, bits)
     codes = torch.where(scale > 0, (groups - low) / scale, 0).round_().clamp_(0, 2**bits - 1)
     return codes.flatten(1).to(torch.uint8)
 
 
 def decode(codes: Tensor, ranges: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights ``(O, I)``, low + scale * code, that codes ``(O, I)`` stand for, computed in ``dtype``."""
-    low, scale = _affine(ranges, bits, dtype)
-    groups: Tensor = codes.to(dtype).unflatten(1, (ranges.shape[2], -1))
-    return groups.mul_(scale).add_(low).flatten(1)  # twice as fast as addcmul
+    """The weights ``(O, I)``, low + scale * code, that codes ``(O, I)`` stand for, rounded to ``dtype``."""
+    low, scale = _affine(ranges, bits)
+    groups = codes.float().unflatten(1, (ranges.shape[2], -1))
+    decoded = groups.mul_(scale).add_(low).flatten(1)  # twice as fast as addcmul
+    return decoded.to(dtype)
 
 
-def _affine(ranges: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Low end and step of each group, ``(O, G, 1)``."""
+def _affine(ranges: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Low end and step of each group, float32 ``(O, G, 1)``."""
     low, high = ranges.float().unsqueeze(-1)
-    return low.to(dtype), ((high - low) / (2**bits - 1)).to(dtype)
+    return low, (high - low) / (2**bits - 1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -115,6 +116,8 @@ def _fields(bits: int) -> list[int]:
 
 def check_bits(owner: str, bits: Sequence[int]) -> tuple[int, ...]:
     """Widths in bits, ascending and distinct, each in [1, 8]."""
+    if isinstance(bits, int | str):
+        raise TypeError(f"{owner}(bits={bits!r}): must be a list of widths, such as ({bits},).")
     widths = tuple(integer(owner, "bits", width, 1, 8, what="a list of widths") for width in bits)
     if not widths or list(widths) != sorted(set(widths)):
         raise ValueError(f"{owner}(bits={tuple(bits)!r}): must name at least one width, in ascending order, each once.")

@@ -32,6 +32,7 @@ from typing_extensions import override
 
 from samplewise.callbacks import SamplingCallback, SwitchBits  # samplewise
 from samplewise.loaders import collate_with_ids, with_ids  # samplewise
+from samplewise.recipes.assets import AssetError
 from samplewise.recipes.common import Rule, check_options, surroundings
 from samplewise.recipes.progress import Bars
 from samplewise.recipes.quant_arms import ARMS
@@ -74,7 +75,8 @@ class QuantOptions:
         test_pairs: held-out pairs that losses are measured on
         questions: of four choices each
         budget: average bits of the configuration that is searched for
-        search: configurations tried at first, and after the space has shrunk; [0, 0]: none
+        search: configurations tried at first, and after the space has shrunk, in the first seed's balanced arm; [0, 0]:
+            none
         search_pairs: validation pairs that they are tried on
         evaluate: test, or validation to try settings out
         accelerator: cpu, gpu or mps
@@ -129,7 +131,12 @@ class QuantOptions:
             ("arms", bool(self.arms), f"needs at least one of {', '.join(get_args(Name))}"),
             ("arms", len(set(self.arms)) == len(self.arms), "names an arm twice"),
             ("arms", set(self.arms) <= set(get_args(Name)), f"there are {', '.join(get_args(Name))}"),
-            ("steps", self.steps >= max(2, len(self.averages)), "must be at least one for each average, and 2"),
+            ("steps", self.steps >= 2, "must be >= 2"),
+            (
+                "steps",
+                "single" not in self.arms or self.steps % max(1, len(self.averages)) == 0,
+                "must be a multiple of the number of averages, among whose runs the arm single divides them",
+            ),
             ("period", self.period == 0 or self.period >= 2, "must be >= 2, or 0 for a quarter of the steps"),
             ("batch_size", self.batch_size >= 1, "must be >= 1"),
             ("accumulate", self.accumulate >= 1, "must be >= 1"),
@@ -229,14 +236,17 @@ def run(options: QuantOptions) -> dict[str, Any]:
     """Train all arms with all seeds, write the results, print the table; gives what `results.json` holds.
 
     Raises:
-        ValueError: wrong options, all of them at once, or a model that cannot be quantized.
-        AssetError: the data or the model could not be had.
+        ValueError: wrong options, all of them at once.
+        AssetError: the data or the model could not be had, or cannot be used with these options.
     """
     options.validate()
     with surroundings(options.threads):
         begin, arms = perf_counter(), [ARMS[name] for name in options.arms]
         with Bars(len(arms) * options.seeds + 1) as bars:
-            comparison = Comparison(options, train, bars)
+            try:
+                comparison = Comparison(options, train, bars)
+            except ValueError as error:
+                raise AssetError(f"{options.model}, {options.data}: cannot be used: {error}") from error
             runs = [comparison.untrained(bars)]
             bars.finish(runs[0].line())
             for seed in range(options.seeds):

@@ -96,8 +96,9 @@ def findings(rows: Sequence[Row], low: Row | None, spent: Sequence[Row], search:
         sentences.append(f"{ARMS[arm].label}, its loss less that of uniform draws at each average: {'; '.join(parts)}.")
     if low is not None:
         sentences.append(
-            f"Below {low['middle']:g} bits, balanced less uniform draws: {low['gain']:+.3f} ± {low['gain_sd']:.3f} "
-            f"({verdict(low['gain'], low['error'])})."
+            f"Below {low['middle']:g} bits, balanced less uniform draws: {low['gain']:+.3f}"
+            + ("" if low["error"] is None else f" ± {low['gain_sd']:.3f}")
+            + f" ({verdict(low['gain'], low['error'])})."
         )
     for row in spent:
         if row["against_single"] is not None and row["arm"] != "single":
@@ -149,7 +150,7 @@ def write_results(
     }  # fmt: skip
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(_finite(results), indent=1) + "\n")
     write_csv(out / "summary.csv", rows)
     write_csv(out / "runs.csv", results["runs"])
     if comparison.search is not None:
@@ -159,6 +160,15 @@ def write_results(
     print_table(console, _TIMES, [_time_cells(row) for row in spent])
     print_end(console, results["findings"], f"{seconds:.0f} s in all. Report: {page.resolve()}")
     return results
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _search(comparison: "Comparison", options: "QuantOptions") -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """The runs of the quantisation recipe: quantize once, train the adapters of each arm, test at pinned widths, search."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -8,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from samplewise.loaders import Schedule
-from samplewise.plugins.bit_adapters import add_adapters, find_layers, pinned, stored_bits_per_weight
+from samplewise.plugins.bit_adapters import add_adapters, get_bits, layer_sizes, pinned, stored_bits_per_weight
 from samplewise.plugins.bit_search import BitSearch, average_bits, even_config, search_bits
 from samplewise.plugins.multi_bit import quantize_model
 from samplewise.recipes.language_model import find_language_model, load_language_model
@@ -89,6 +90,17 @@ class Run:
         ]  # fmt: skip
 
 
+class Widths(Callback):
+    """Writes down the average width of each optimizer step, as it is trained."""
+
+    def __init__(self) -> None:
+        self.averages: list[float] = []
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.averages.append(average_bits(get_bits(pl_module)))
+
+
 class Comparison:
     """All runs on one model and one set of pairs.
 
@@ -114,8 +126,7 @@ class Comparison:
         self.questions = choice_questions(held, count=options.questions, seed=0) if options.questions else []
         self.full = self._score(self.model, float("nan"))
         self.layers = quantize_model(self.model, bits=options.bits, group_size=options.group_size)
-        linears = {name: site.linear for name, site in find_layers(self.model).items()}
-        self.sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+        self.sizes = layer_sizes(self.model)
         self.stored_bits = stored_bits_per_weight(self.model)
         self.configs: dict[float, Config] = {
             average: even_config(self.layers, average, options.bits) for average in options.averages
@@ -164,17 +175,16 @@ class Comparison:
         model: Any = add_adapters(self.model, **adapters)
         sampler = make_sampler(len(self.pairs), steps * options.accumulate, seed, options)
         ready = perf_counter()
-        given: dict[str, Any] = {"sampler": sampler, "schedule": schedule, "callbacks": [bars.begin(name)]}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*period=")  # a short run, on purpose
-            self.train(model, self.pairs, options, steps, **given)
+        widths = Widths()
+        given: dict[str, Any] = {"sampler": sampler, "schedule": schedule, "callbacks": [bars.begin(name), widths]}
+        self.train(model, self.pairs, options, steps, **given)
         trained = perf_counter()
         scores = self._scores(model, configs, f"{name}: test", bars)
         tested = perf_counter()
         if arm.name == "balanced" and seed == 0 and options.search[0]:
             self._search(model, name, bars)
         self.model = model.unload()
-        averages = np.array([schedule.average(step) for step in range(steps)])
+        averages = np.array(widths.averages)
         return Run(
             arm, seed, scores, steps, trained - ready, ready - begin, tested - trained, averages, schedule.counts
         )  # fmt: skip
@@ -243,7 +253,11 @@ class Comparison:
 
         first, second = options.search
         given: dict[str, Any] = {"sizes": self.sizes, "first": first, "second": second, "watch": watch}
-        found = search_bits(evaluate, layers=self.layers, budget=options.budget, bits=tuple(options.bits), **given)
+        try:
+            found = search_bits(evaluate, layers=self.layers, budget=options.budget, bits=tuple(options.bits), **given)
+        except ValueError as error:  # a training that diverged: its results are still worth having
+            bars.say(f"{name}: {error}")
+            return
         even = even_config(self.layers, options.budget, options.bits)
         scores = []
         for config in (found.best_config, even):

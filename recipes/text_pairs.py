@@ -103,6 +103,10 @@ def load_pairs(data: str, *, say: Say = print) -> PairSplits:
     path = Path(data)
     if path.is_dir():
         parts = {part: list(_jsonl(path / f"{part}.jsonl")) for part in PARTS}
+        if common := {pair.prompt for pair in parts["train"]} & {pair.prompt for p in PARTS[1:] for pair in parts[p]}:
+            raise DataError(
+                f"data={data!r}: {len(common)} prompts of train.jsonl are in another part too, such as {min(common)!r}"
+            )
         return _checked(data, PairSplits(**parts, source=f"the folder {data}"))
     if path.suffix == ".jsonl":
         keyed = [(pair.prompt, pair) for pair in _jsonl(path)]
@@ -149,14 +153,16 @@ def _pair(entry: Documented, kind: str) -> Pair:
 def _jsonl(path: Path) -> Iterator[Pair]:
     if not path.is_file():
         raise DataError(f"data={str(path)!r}: no such file")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
+                line.encode()
                 entry = json.loads(line)
+                json.dumps(entry, ensure_ascii=False).encode()
                 prompt, response = entry["prompt"], entry["response"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(f'{path}:{number}: not a line {{"prompt": ..., "response": ...}}: {error!r}') from error
             if not (isinstance(prompt, str) and isinstance(response, str) and prompt.strip() and response.strip()):
                 raise DataError(f"{path}:{number}: prompt and response must be texts that are not empty")
@@ -253,7 +259,8 @@ def _end(tokenizer: Any) -> str:
 
 def _tokens(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     found: list[list[int]] = tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
-    return found
+    end = tokenizer.eos_token_id
+    return [row[:-1] if special and row[1:] and row[-1] == end else row for row in found]  # a prompt does not end
 
 
 def _item(prompt: list[int], answer: list[int]) -> dict[str, Tensor]:

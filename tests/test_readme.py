@@ -82,8 +82,8 @@ def test_offline_rl(names, capsys):
 
 def test_one_run_for_every_bit_width(names):
     model = tiny_llama()
-    names |= {"language_model": model, "batches": torch.randint(0, 97, (3, 2, 8)).unbind()}
-    names["validation_loss"] = lambda config: float(sum(4.0**-bits for bits in config.values()))
+    tokens = torch.randint(0, 97, (4, 2, 8)).unbind()
+    names |= {"language_model": model, "batches": tokens[:3], "validation": tokens[3]}
     exec(BLOCKS[5], names)
     assert names["schedule"].step == 3
     assert names["found"].average.max() <= 2.5

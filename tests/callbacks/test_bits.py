@@ -272,7 +272,7 @@ def test_a_checkpoint_without_the_callbacks_state(tmp_path):
 
 def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
     fit(SaveEveryStep(tmp_path), max_steps=4)
-    with pytest.raises(ValueError, match="other slots, arms or seed"):
+    with pytest.raises(ValueError, match="other slots, arms, seed or options"):
         fit(ckpt_path=tmp_path / "on_train_batch_end-002.ckpt", seed=1)
 
 

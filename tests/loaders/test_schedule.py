@@ -264,7 +264,7 @@ def test_another_schedules_state_is_refused(other):
     train(schedule, range(4))
     train(source, range(9))
     before = schedule.state_dict()
-    with pytest.raises(ValueError, match=r"ArmSchedule state: .*other slots, arms or seed"):
+    with pytest.raises(ValueError, match=r"ArmSchedule state: .*other slots, arms, seed or options"):
         schedule.load_state_dict(source.state_dict())
     assert schedule.state_dict() == before
 

@@ -260,7 +260,7 @@ def test_nothing_to_warn_of():
 
 
 BAD = [
-    ({"layers": []}, ValueError, r"\(layers=\[\]\): must be a list with at least one"),
+    ({"layers": []}, ValueError, r"\(layers=\(\)\): must be a list with at least one"),
     ({"layers": "q_proj"}, ValueError, r"\(layers='q_proj'\): must be a list"),
     ({"layers": ["a", "b", "a"]}, ValueError, r"\(layers=.*none twice"),
     ({"layers": [1, 2]}, TypeError, "must be a sequence of names"),

@@ -95,7 +95,7 @@ def with_bad_weight(value):
 
 
 ERRORS = [
-    (tiny_llama, {"targets": ["q_prj"]}, ValueError, r"no linear layer 'q_prj'; did you mean 'q_proj'\?"),
+    (tiny_llama, {"targets": ["q_prj"]}, ValueError, r"no linear layer 'q_prj'; did you mean 'q_proj'"),
     (
         tiny_llama,
         {"targets": ["q_proj", "model.layers.1.mlp.upproj"]},
