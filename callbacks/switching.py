@@ -84,7 +84,7 @@ class Switch:
         self.sites = sites
 
     def _config(self, pin: Config | None, sites: Mapping[str, Site]) -> Config:
-        if isinstance(pin, Integral):
+        if not (pin is None or isinstance(pin, Mapping)):
             return int(pin)
         return {**{name: site.linear.bits[-1] for name, site in sites.items()}, **(pin or {})}
 

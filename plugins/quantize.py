@@ -59,7 +59,7 @@ def decode(codes: Tensor, ranges: Tensor, bits: int, dtype: torch.dtype = torch.
     """The weights ``(O, I)``, low + scale * code, that codes ``(O, I)`` stand for, rounded to ``dtype``."""
     low, scale = _affine(ranges, bits)
     groups = codes.float().unflatten(1, (ranges.shape[2], -1))
-    decoded = groups.mul_(scale).add_(low).flatten(1)  # twice as fast as addcmul
+    decoded: Tensor = groups.mul_(scale).add_(low).flatten(1)  # twice as fast as addcmul
     return decoded.to(dtype)
 
 

@@ -30,7 +30,8 @@ def settings(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return QuantOptions(
         data=str(folder / "pairs.jsonl"), model=str(folder / "model"), group_size=32, steps=10, period=5, seeds=1,
-        batch_size=4, rank=2, lr=1e-2, test_pairs=8, questions=4, search=[6, 3], search_pairs=4, out=str(folder / "out"),
+        batch_size=4, rank=2, lr=1e-2, test_pairs=8, questions=4, search=[6, 3], search_pairs=4,
+        out=str(folder / "out"),
     )  # fmt: skip
 
 
