@@ -295,3 +295,36 @@ def test_pairs_of_the_packages(tmp_path, monkeypatch):
     assert len(set(pairs)) == len({pair.response for pair in pairs}) == len({pair.prompt for pair in pairs})
     assert all(name in splits.source for name in ("sympy==", "django==", "nltk==", "networkx=="))
     assert len(choice_questions(splits.test, count=400, seed=0)) == 400
+
+
+def test_texts_that_are_not_utf8_are_named_with_their_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xe9", "response": "b"}\n')
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2"):
+        load_pairs(str(path))
+    path.write_text('{"prompt": "\\ud800", "response": "b"}\n')
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1"):
+        load_pairs(str(path))
+
+
+def test_parts_of_a_folder_that_share_a_prompt_are_refused(tmp_path):
+    for part in ("train", "validation", "test"):
+        (tmp_path / f"{part}.jsonl").write_text('{"prompt": "the same", "response": "b"}\n')
+    with pytest.raises(DataError, match="in another part"):
+        load_pairs(str(tmp_path))
+
+
+def test_a_prompt_does_not_end_with_the_token_that_ends_texts():
+    tokenizer = byte_tokenizer(None)
+    plain = TokenizedPairs([Pair("a", "b")], tokenizer, 100)[0]["input_ids"].tolist()
+
+    class Ending:
+        """Ends every text, as tokenizers with `add_eos_token` do."""
+
+        chat_template, eos_token, eos_token_id = None, tokenizer.eos_token, tokenizer.eos_token_id
+
+        def __call__(self, texts, add_special_tokens=True):
+            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [[*row, self.eos_token_id] for row in rows] if add_special_tokens else rows}
+
+    assert TokenizedPairs([Pair("a", "b")], Ending(), 100)[0]["input_ids"].tolist() == plain
