@@ -300,7 +300,6 @@ class FixedSchedule(Schedule):
 
     Args:
         entries: n arms, or n dictionaries ``{slot: arm}`` with the same slots each; one entry makes a pinned schedule.
-        seed: of nothing; it is part of the state's fingerprint.
 
     Raises:
         ValueError: no entries, or slots that differ.
@@ -310,7 +309,7 @@ class FixedSchedule(Schedule):
         FixedSchedule([128, 256, 128, 512]).draw(3)  # 512
     """
 
-    def __init__(self, entries: Sequence[Any], *, seed: int = 0):
+    def __init__(self, entries: Sequence[Any]):
         if isinstance(entries, str | Mapping) or not len(entries):
             raise ValueError(f"FixedSchedule(entries={entries!r}): must be a list of at least one arm or dictionary.")
         slots = tuple(entries[0]) if isinstance(entries[0], Mapping) else None
@@ -325,7 +324,7 @@ class FixedSchedule(Schedule):
         for arm in (arm for row in rows for arm in row):
             if arm not in arms:
                 arms.append(arm)
-        super().__init__(arms=sorted(arms) if _are_numbers(arms) else arms, slots=slots, seed=seed)
+        super().__init__(arms=sorted(arms) if _are_numbers(arms) else arms, slots=slots)
         self._rows = np.array([[self.arms.index(arm) for arm in row] for row in rows], dtype=np.int64)
 
     @override

@@ -15,7 +15,8 @@ which visits every average equally often. From the average to probabilities of t
 
 (shares of 2, 3 and 4 bits: .38/.24/.38, .25/.50/.25, .31/.37/.31). Beside these ``uniform``, and two that follow what
 was trained (PA&DA, Lu et al., CVPR 2023): ``loss`` and ``grad_norm`` draw a layer's width in proportion to the running
-mean of the losses, or of its adapter's gradient norms, at that width, mixed with a share of uniform draws.
+mean of the losses, or of its adapter's gradient norms, at that width, mixed with a share of uniform draws; their draws
+wait for the step before on its device, the others for nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from samplewise.loaders.schedule import Schedule
 from samplewise.loaders.seeding import derive
 from samplewise.plugins.quantize import check_bits
 
-Mapping = Literal["maxent", "adjacent", "gaussian", "uniform", "loss", "grad_norm"]
+MappingName = Literal["maxent", "adjacent", "gaussian", "uniform", "loss", "grad_norm"]
 BALANCED, ADAPTIVE = ("maxent", "adjacent", "gaussian"), ("loss", "grad_norm")
 _SPREAD = {"maxent": np.inf, "gaussian": np.sqrt(0.5)}  # of the Gaussian over the costs, in mean distances between them
 
@@ -51,7 +52,7 @@ def tilted(costs: np.ndarray, mean: float, spread: float = np.inf) -> np.ndarray
         spread: s, the Gaussian's standard deviation; infinite: the maximum-entropy distribution.
 
     Returns:
-        Float64 ``(K,)``, sums to 1; its mean is right within 1e-12 of the range.
+        Float64 ``(K,)``, sums to 1; its mean is right within 1e-12 of the range (tested to 25 costs).
 
     Raises:
         ValueError: a mean out of range.
@@ -150,7 +151,7 @@ class ArmSchedule(Schedule):
         arms: Sequence[Any],
         slots: Sequence[str] | None = None,
         costs: Sequence[float] | None = None,
-        mapping: Mapping = "maxent",
+        mapping: MappingName = "maxent",
         period: int = 8000,
         uniform_share: float = 0.2,
         seed: int = 0,
@@ -229,7 +230,7 @@ class BitSchedule(ArmSchedule):
         layers: Sequence[str],
         bits: Sequence[int] = (2, 3, 4),
         period: int = 8000,
-        mapping: Mapping = "maxent",
+        mapping: MappingName = "maxent",
         seed: int = 0,
         **options: Any,
     ):

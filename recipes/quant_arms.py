@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from samplewise.loaders import FixedSchedule, PlannedSampler, Schedule
+from samplewise.loaders import PlannedSampler, Schedule
 from samplewise.plugins import RS2, BitSchedule, InfoBatch, SeTa, Uniform
 
 if TYPE_CHECKING:
@@ -15,21 +15,19 @@ Config = dict[str, int]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, or not.
+    """One way to train.
 
     Attributes:
         name: for files.
         label: for people.
-        mapping: of the schedule; None: each run has one configuration.
+        mapping: of the schedule; None: each run has one configuration, and that of rounding no training.
         shared: one adapter for all widths of a layer.
-        trained: whether it is trained at all.
     """
 
     name: str
     label: str
     mapping: str | None = None
     shared: bool = False
-    trained: bool = True
 
     @property
     def colour(self) -> int:
@@ -40,7 +38,7 @@ class Arm:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("rtn", "Rounded to nearest, not trained", trained=False),
+        Arm("rtn", "Rounded to nearest, not trained"),
         Arm("single", "A run for each average"),
         Arm("uniform", "Once for all, uniform draws", "uniform"),
         Arm("balanced", "Once for all, balanced", "maxent"),
@@ -58,11 +56,6 @@ def make_schedule(arm: Arm, layers: Sequence[str], seed: int, options: "QuantOpt
     """The schedule of a once-for-all arm."""
     given: dict[str, Any] = {"mapping": arm.mapping, "period": options.wave, "seed": seed}
     return BitSchedule(layers=layers, bits=options.bits, **given)
-
-
-def pinned_schedule(config: Config, seed: int) -> Schedule:
-    """The schedule of a run with one configuration."""
-    return FixedSchedule([config], seed=seed)
 
 
 def make_sampler(size: int, steps: int, seed: int, options: "QuantOptions") -> PlannedSampler:

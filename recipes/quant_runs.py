@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from samplewise.loaders import Schedule
+from samplewise.loaders import FixedSchedule, Schedule
 from samplewise.plugins.bit_adapters import add_adapters, get_bits, layer_sizes, pinned, stored_bits_per_weight
 from samplewise.plugins.bit_search import BitSearch, average_bits, even_config, search_bits
 from samplewise.plugins.multi_bit import quantize_model
 from samplewise.recipes.language_model import find_language_model, load_language_model
 from samplewise.recipes.progress import Bars
-from samplewise.recipes.quant_arms import ARMS, Arm, Config, make_sampler, make_schedule, pinned_schedule
+from samplewise.recipes.quant_arms import ARMS, Arm, Config, make_sampler, make_schedule
 from samplewise.recipes.responses import pad_left, response_losses, response_scores
 from samplewise.recipes.text_pairs import Pair, TokenizedPairs, choice_questions, load_pairs
 
@@ -156,7 +156,7 @@ class Comparison:
         steps = self.options.steps // len(self.configs)
         runs = [
             self._trained(
-                arm, seed, pinned_schedule(config, seed), steps, {average: config},
+                arm, seed, FixedSchedule([config]), steps, {average: config},
                 f"seed {seed}: {arm.label}: {average:g} bits", bars,
             )
             for average, config in self.configs.items()
