@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from samplewise.callbacks import SwitchBits
 from samplewise.callbacks.huggingface import attach
 from samplewise.plugins import BitSchedule, quantize_model
+from samplewise.plugins.bit_adapters import get_bits
 
 pytestmark = QUIET
 
@@ -82,3 +83,13 @@ def test_a_trainer_gets_one_schedule_and_keeps_its_last_weights(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
     with pytest.raises(ValueError, match="load_best_model_at_end=True"):
         attach(hf_trainer(tmp_path, tiny_quantized()[0], **best), BitSchedule(layers=layers))
+
+
+def test_a_training_that_stops_within_a_step_is_left_at_the_evaluations_configuration(tmp_path):
+    model, layers = tiny_quantized()
+    callback = attach(hf_trainer(tmp_path, model), BitSchedule(layers=layers, period=2), evaluate=3)
+    for hook in (callback.on_epoch_end, callback.on_train_end):
+        callback.switch.begin(1)
+        assert set(get_bits(model).values()) == {2}
+        hook(None, None, None)
+        assert set(get_bits(model).values()) == {3}

@@ -199,3 +199,11 @@ def test_differences_are_paired_by_seed():
 def test_arms_have_their_own_colours():
     assert [arm.colour for arm in ARMS.values()] == list(range(len(ARMS)))
     assert all(a != b for a, b in pairwise(arm.label for arm in ARMS.values()))
+
+
+def test_a_training_that_diverged_still_has_results_and_they_are_json(settings, tmp_path):
+    given = {"arms": ["balanced"], "seeds": 1, "lr": 1e30, "questions": 0, "search": [3, 0], "out": str(tmp_path)}
+    found = run(replace(settings, **given))
+    assert found["search"] is None
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["runs"][0]["choice_accuracy"] is None
