@@ -4,25 +4,23 @@
 `signature_to_doc` for the docstring below a function's first line, as an editor would; functions and methods come from
 pinned packages (`DOCUMENTED` in `samplewise.recipes.assets`), which are read, never run. A file of one's own holds a
 line `{"prompt": ..., "response": ...}` for each pair; a folder holds `train.jsonl`, `validation.jsonl` and
-`test.jsonl`. What is tokenised there:
+`test.jsonl`. What is tokenised there, in batches of `samplewise.recipes.responses.pad_left`:
 
     pairs = load_pairs("code_to_doc")
     data = TokenizedPairs(pairs.train, tokenizer, max_length=256)
-    loader = DataLoader(with_ids(data), batch_size=8, sampler=sampler, collate_fn=collate_with_ids(collate))
+    loader = DataLoader(with_ids(data), batch_size=8, sampler=sampler, collate_fn=collate_with_ids(pad_left))
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from samplewise.loaders import SAMPLE_ID
 from samplewise.loaders.seeding import generator
 from samplewise.recipes.assets import DOCUMENTED, Say, origin, resolve
 from samplewise.recipes.corpus import place
@@ -36,9 +34,6 @@ TEST, VALIDATION = 0.1, 0.1
 
 IGNORED = -100
 """The label of what is not in the loss."""
-
-MULTIPLE = 8
-"""Batches are as wide as a multiple of this, in tokens."""
 
 TO_DOC = "Describe this Python function in one sentence.\n\n"
 TO_CODE = "Write a Python function from this description.\n\n"
@@ -212,24 +207,6 @@ class TokenizedPairs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """The tokens and labels of a pair."""
         return dict(self._items[index])
-
-
-def collate(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Pad items of `TokenizedPairs` on the right, to a multiple of 8 tokens.
-
-    Gives `input_ids`, `attention_mask` and `labels`, int64 `(B, T)`, the labels -100 on the padding, which is told by
-    length: a tokenizer may pad with the token that ends a response. Items with a `"sample_id"` give int64 `(B,)`.
-    """
-    width = -(-max(len(item["input_ids"]) for item in batch) // MULTIPLE) * MULTIPLE
-    columns = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}  # any token will do where the mask is 0
-    rows = [{**item, "attention_mask": torch.ones_like(item["input_ids"])} for item in batch]
-    padded = {
-        name: torch.stack([F.pad(row[name], (0, width - len(row[name])), value=value) for row in rows])
-        for name, value in columns.items()
-    }
-    if SAMPLE_ID in batch[0]:
-        padded[SAMPLE_ID] = torch.tensor([int(item[SAMPLE_ID]) for item in batch], dtype=torch.int64)
-    return padded
 
 
 def _written(pair: Pair, tokenizer: Any) -> tuple[str, str]:

@@ -128,19 +128,6 @@ def batch_and_model(settings):
     return tokens, AutoModelForCausalLM.from_pretrained(settings.model).eval()
 
 
-def test_responses_end_in_the_last_column_and_padding_is_ignored(batch_and_model):
-    tokens, _ = batch_and_model
-    batch = pad_left([{**tokens[row], "sample_id": row} for row in range(3)])
-    assert batch["sample_id"].tolist() == [0, 1, 2]
-    for row in range(3):
-        length = len(tokens[row]["input_ids"])
-        assert batch["input_ids"][row, -length:].tolist() == tokens[row]["input_ids"].tolist()
-        assert batch["labels"][row].tolist()[-length:] == tokens[row]["labels"].tolist()
-        assert set(batch["labels"][row].tolist()[:-length]) <= {-100}
-        assert batch["attention_mask"][row].sum() == length
-        assert batch["position_ids"][row, -length:].tolist() == list(range(length))
-
-
 def test_losses_are_those_of_each_pair_alone(batch_and_model):
     tokens, model = batch_and_model
     batch = pad_left([tokens[row] for row in range(3)])

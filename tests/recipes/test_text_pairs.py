@@ -15,7 +15,8 @@ from samplewise.loaders import collate_with_ids, with_ids
 from samplewise.recipes import text_pairs
 from samplewise.recipes.assets import AssetError
 from samplewise.recipes.data import DataError
-from samplewise.recipes.text_pairs import Pair, TokenizedPairs, choice_questions, collate, load_pairs
+from samplewise.recipes.responses import pad_left
+from samplewise.recipes.text_pairs import Pair, TokenizedPairs, choice_questions, load_pairs
 
 
 def write_package(folder, modules=60):
@@ -198,34 +199,32 @@ def test_padding_goes_by_length_where_the_end_pads_too():
     tokenizer = byte_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     data = TokenizedPairs(PAIRS, tokenizer, 200)
-    batch = collate([data[row] for row in range(3)])
+    batch = pad_left([data[row] for row in range(3)])
     lengths = [len(data[row]["labels"]) for row in range(3)]
-    width = -(-max(lengths) // 8) * 8
+    width = max(lengths)
     assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
-        name: ((3, width), torch.int64) for name in ("input_ids", "attention_mask", "labels")
+        name: ((3, width), torch.int64) for name in ("input_ids", "labels", "attention_mask", "position_ids")
     }
     assert batch["attention_mask"].sum(1).tolist() == lengths
     for row, length in enumerate(lengths):
-        assert batch["labels"][row, length - 1] == tokenizer.eos_token_id  # the end itself is learnt
-        assert (batch["labels"][row, length:] == -100).all()
-        assert batch["labels"][row, :length].equal(data[row]["labels"])
-        assert batch["input_ids"][row, :length].equal(data[row]["input_ids"])
-
-
-def test_a_width_that_fits_is_not_padded():
-    item = {"input_ids": torch.arange(16), "labels": torch.arange(16)}
-    assert collate([item])["labels"].shape == (1, 16)
+        padding = width - length
+        assert batch["labels"][row, -1] == tokenizer.eos_token_id  # the end itself is learnt
+        assert (batch["labels"][row, :padding] == -100).all()
+        assert not batch["attention_mask"][row, :padding].any()
+        assert batch["labels"][row, padding:].equal(data[row]["labels"])
+        assert batch["input_ids"][row, padding:].equal(data[row]["input_ids"])
+        assert batch["position_ids"][row, padding:].equal(torch.arange(length))
 
 
 def test_ids_come_through():
     data = TokenizedPairs(PAIRS, byte_tokenizer(), 200)
-    collated = collate([with_ids(data)[2], with_ids(data)[0]])
+    collated = pad_left([with_ids(data)[2], with_ids(data)[0]])
     assert collated["sample_id"].tolist() == [2, 0]
-    loader = DataLoader(with_ids(data), batch_size=2, collate_fn=collate_with_ids(collate))
+    loader = DataLoader(with_ids(data), batch_size=2, collate_fn=collate_with_ids(pad_left))
     batches = list(loader)
     assert [batch["sample_id"].tolist() for batch in batches] == [[0, 1], [2]]
-    assert batches[0]["labels"].equal(collate([data[0], data[1]])["labels"])
-    assert "sample_id" not in collate([data[0]])
+    assert batches[0]["labels"].equal(pad_left([data[0], data[1]])["labels"])
+    assert "sample_id" not in pad_left([data[0]])
     assert pickle.loads(pickle.dumps(data))[0]["labels"].equal(data[0]["labels"])  # for workers
 
 
