@@ -229,7 +229,7 @@ def _axis(axes: "Axes", *, epochs: bool, share: bool) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=epochs, nbins=6))
     if not epochs:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 9) + 0:,.12g}"))  # 2.5, 10,000
     if share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, 1.05)

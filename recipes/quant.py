@@ -1,6 +1,6 @@
 """One fine-tuning run for every bit width, against one run for each, on a small language model.
 
-    python -m samplewise.recipes.quant                # SmolLM2-135M writes docstrings, 3 seeds
+    python -m samplewise.recipes.quant            # SmolLM2-135M writes docstrings, 3 seeds: 51 minutes on 2 cores
     samplewise run quant --data pairs.jsonl --model NAME --accelerator gpu --steps 2000 --batch_size 32
 
 Quantizes the linear layers of a pretrained model group-wise at 2, 3 and 4 bits and trains low-rank adapters: in one run

@@ -186,7 +186,7 @@ _TIMES = ["arm", "steps", "training s", "a step, s", "against single", "making a
 
 
 def _spread(row: Row, key: str, digits: int) -> str:
-    return f"{row[key]:.{digits}f}" + (f" ± {row[f'{key}_sd']:.{digits}f}" if row["seeds"] > 1 else "")
+    return f"{row[key]:,.{digits}f}" + (f" ± {row[f'{key}_sd']:,.{digits}f}" if row["seeds"] > 1 else "")
 
 
 def _cells(row: Row) -> list[str]:

@@ -213,6 +213,25 @@ def test_plots_leave_the_users_settings_alone():
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.parametrize(
+    ("x", "labels"),
+    [
+        ([2, 4], ["2", "2.4", "2.8", "3.2", "3.6", "4"]),
+        ([0, 50_000], ["0", "10,000", "20,000"]),
+        ([-1, 0.1], ["-0.25", "0"]),
+    ],
+)
+def test_ticks_are_told_apart(monkeypatch, x, labels):
+    def texts(figure):
+        figure.draw_without_rendering()
+        return [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+    monkeypatch.setattr(figures, "_png", texts)
+    found = figures.lines([Line("a", x, [0.1, 0.2])], x="x", y="y")
+    assert set(labels) <= set(found)
+    assert len(set(found)) == len(found)
+
+
 def test_page_escapes_all_text():
     bad = '<i>&"'
     parts = [bad, Table([bad], [[bad]]), Picture("p", b"x", bad)]
