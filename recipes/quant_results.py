@@ -186,7 +186,12 @@ _TIMES = ["arm", "steps", "training s", "a step, s", "against single", "making a
 
 
 def _spread(row: Row, key: str, digits: int) -> str:
-    return f"{row[key]:,.{digits}f}" + (f" ± {row[f'{key}_sd']:,.{digits}f}" if row["seeds"] > 1 else "")
+    return _number(row[key], digits) + (f" ± {_number(row[f'{key}_sd'], digits)}" if row["seeds"] > 1 else "")
+
+
+def _number(value: float, digits: int) -> str:
+    """Perplexities of models that were not trained have many digits, which say nothing."""
+    return f"{value:,.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
 def _cells(row: Row) -> list[str]:
