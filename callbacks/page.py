@@ -102,7 +102,7 @@ def _part(part: str | Table | Picture) -> str:
     if isinstance(part, Table):
         return _table(part)
     data = base64.b64encode(part.png).decode()
-    short = re.split(r"[.;:]", part.caption)[0]
+    short = re.split(r"[.;:](?:\s|$)", part.caption)[0]  # not within 2.5
     return (
         f'<figure><img alt="{escape(short)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(part.caption)}</figcaption></figure>"

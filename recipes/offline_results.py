@@ -256,7 +256,7 @@ def _curves(runs: Sequence[Run], arms: Sequence[Arm], label: str) -> bytes:
 _NOTE = (
     "± is one standard deviation over the seeds; differences to uniform draws are paired by seed, and called better or "
     "worse where they exceed their standard error. All arms take as many gradient steps, from the same weights for the "
-    "same seed. With three seeds a standard error is itself uncertain. Expected returns are those of the trajectories "
+    "same seed. With few seeds a standard error is itself uncertain. Expected returns are those of the trajectories "
     "in the data, which may start elsewhere than the rollouts. R² of the value: how much of the returns' variance the "
     "first observations explain, of trajectories held out; at or below 0, RW is the better choice than AW."
 )

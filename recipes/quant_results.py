@@ -287,7 +287,7 @@ def _searched(comparison: "Comparison") -> bytes:
 
 _NOTE = (
     "± is one standard deviation over the seeds; differences to uniform draws are of the loss, paired by seed, and "
-    "called better or worse where they exceed their standard error. With three seeds a standard error is itself "
+    "called better or worse where they exceed their standard error. With few seeds a standard error is itself "
     "uncertain. All arms take as many optimizer steps in all: a run for each average has its share of them."
 )
 _CURVES = "Mean over the seeds and one standard deviation, against the average width of the configuration tested."

@@ -232,6 +232,11 @@ def test_ticks_are_told_apart(monkeypatch, x, labels):
     assert len(set(found)) == len(found)
 
 
+def test_a_picture_is_described_by_its_captions_first_sentence():
+    html = Page("t", [], [Section("s", [Picture("p", b"x", "At 2.5 bits. More.")])]).html()
+    assert 'alt="At 2.5 bits"' in html
+
+
 def test_page_escapes_all_text():
     bad = '<i>&"'
     parts = [bad, Table([bad], [[bad]]), Picture("p", b"x", bad)]
