@@ -6,9 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from samplewise.cuda_ext import sample_losses
 from samplewise.loaders import SAMPLE_ID
+from samplewise.recipes.text_pairs import IGNORED
 
 Batch = Mapping[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -20,17 +22,20 @@ def pad_left(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     Gives `input_ids`, `labels` (-100 on the padding), `attention_mask` and `position_ids` (which count from each row's
     first token), int64 `(B, T)`, and the items' `"sample_id"`, int64 `(B,)`, where they have one.
     """
-    width = max(len(item["input_ids"]) for item in items)
-    batch = {name: [] for name in ("input_ids", "labels", "attention_mask", "position_ids")}  # type: dict[str, Any]
-    for item in items:
-        length = len(item["input_ids"])
-        parts = {"attention_mask": torch.ones(length, dtype=torch.int64), "position_ids": torch.arange(length)}
-        for name, values in {"input_ids": item["input_ids"], "labels": item["labels"], **parts}.items():
-            batch[name].append(F.pad(values, (width - length, 0), value=-100 if name == "labels" else 0))
-    padded = {name: torch.stack(rows) for name, rows in batch.items()}
+    tokens = [item["input_ids"] for item in items]
+    padded = {
+        "input_ids": _padded(tokens, 0),
+        "labels": _padded([item["labels"] for item in items], IGNORED),
+        "attention_mask": _padded([torch.ones_like(row) for row in tokens], 0),
+        "position_ids": _padded([torch.arange(len(row)) for row in tokens], 0),
+    }
     if SAMPLE_ID in items[0]:
         padded[SAMPLE_ID] = torch.tensor([int(item[SAMPLE_ID]) for item in items], dtype=torch.int64)
     return padded
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -42,7 +47,7 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         Logits `(B, R, V)` and labels int64 `(B, R)`, not shifted yet.
     """
     labels = batch["labels"]
-    first = int((labels != -100).any(0).int().argmax())
+    first = int((labels != IGNORED).any(0).int().argmax())
     keep = labels.shape[1] - max(first - 1, 0)
     inputs = {name: batch[name] for name in INPUTS}
     return model(**inputs, logits_to_keep=keep, use_cache=False).logits, labels[:, -keep:]
@@ -58,6 +63,6 @@ def response_losses(model: nn.Module, batch: Batch) -> Tensor:
 def response_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss of each token of the responses, float32 `(n,)`, and whether it is the likeliest one, bool `(n,)`."""
     logits, labels = response_logits(model, batch)
-    asked = labels[:, 1:] != -100
+    asked = labels[:, 1:] != IGNORED
     logits, wanted = logits[:, :-1][asked].float(), labels[:, 1:][asked]
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
