@@ -77,6 +77,21 @@ def sd(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def paired(gains: np.ndarray) -> dict[str, float | None]:
+    """Of differences, one for each seed: mean and deviation, and the mean's standard error, None with one seed."""
+    error = sd(gains) / float(np.sqrt(len(gains))) if len(gains) > 1 else None
+    return {"gain": float(gains.mean()), "gain_sd": sd(gains), "error": error}
+
+
+def judged(gain: float, error: float | None) -> str:
+    """Whether a difference, positive where things improve, exceeds its standard error, in a word."""
+    if error is None:
+        return "one seed"
+    if abs(gain) <= error:
+        return "within its standard error"
+    return "better" if gain > 0 else "worse"
+
+
 def mean_sd(row: Row, key: str = "mean", spread: str = "sd") -> str:
     """A row's mean, and its standard deviation where there are several seeds."""
     return f"{row[key]:.4f}" + (f" ± {row[spread]:.4f}" if row["seeds"] > 1 else "")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from samplewise.callbacks.figures import Line, dots, histogram, lines
 from samplewise.callbacks.page import Page, Picture, Section, Table
-from samplewise.recipes.common import environment, print_end, print_table, sd, settings_table, write_csv
+from samplewise.recipes.common import environment, judged, paired, print_end, print_table, sd, settings_table, write_csv
 from samplewise.recipes.offline_agents import LABELS
 from samplewise.recipes.offline_arms import ARMS, Arm, distribution
 from samplewise.recipes.offline_data import Task
@@ -42,8 +42,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row |= {"return_sd": sd(returns), "gain": None, "gain_sd": None, "error": None}
         if arm.name != BASE and base.keys() == own.keys():
             gains = np.array([own[seed].score - base[seed].score for seed in own])
-            row |= {"gain": float(gains.mean()), "gain_sd": sd(gains)}
-            row["error"] = sd(gains) / float(np.sqrt(len(gains))) if len(gains) > 1 else None
+            row |= paired(gains)
         for key in ("seconds", "draw_seconds", "rollout_seconds"):
             row[key] = float(np.mean([getattr(run, key) for run in own.values()]))
         rows.append(row)
@@ -52,13 +51,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def verdict(row: Row) -> str:
     """Whether the paired difference to uniform exceeds its standard error, in a word."""
-    if row["gain"] is None:
-        return ""
-    if row["error"] is None:
-        return "one seed"
-    if abs(row["gain"]) <= row["error"]:
-        return "within its standard error"
-    return "better" if row["gain"] > 0 else "worse"
+    return "" if row["gain"] is None else judged(row["gain"], row["error"])
 
 
 def findings(rows: Sequence[Row]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from samplewise.callbacks.figures import Line, dots, histogram, lines, scatter
 from samplewise.callbacks.page import Page, Picture, Section, Table
-from samplewise.recipes.common import environment, print_end, print_table, sd, settings_table, write_csv
+from samplewise.recipes.common import environment, judged, paired, print_end, print_table, sd, settings_table, write_csv
 from samplewise.recipes.quant_arms import ARMS, Arm
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def summarise(runs: Sequence["Run"]) -> list[dict[str, Any]]:
         found |= {"gain": None, "gain_sd": None, "error": None}
         if arm not in (BASE, "rtn") and base.keys() == own.keys():
             gains = np.array([own[seed]["loss"] - base[seed]["loss"] for seed in own])
-            found |= {"gain": float(gains.mean()), "gain_sd": sd(gains)}
-            found["error"] = sd(gains) / float(np.sqrt(len(gains))) if len(gains) > 1 else None
+            found |= paired(gains)
         rows.append(found)
     return rows
 
@@ -74,17 +73,12 @@ def low_averages(runs: Sequence["Run"], middle: float) -> dict[str, Any] | None:
     if not balanced or balanced.keys() != uniform.keys():
         return None
     gains = np.array([balanced[seed] - uniform[seed] for seed in balanced])
-    error = sd(gains) / float(np.sqrt(len(gains))) if len(gains) > 1 else None
-    return {"middle": middle, "gain": float(gains.mean()), "gain_sd": sd(gains), "error": error}
+    return {"middle": middle, **paired(gains)}
 
 
 def verdict(gain: float, error: float | None) -> str:
     """Whether a difference of losses exceeds its standard error, in a word."""
-    if error is None:
-        return "one seed"
-    if abs(gain) <= error:
-        return "within its standard error"
-    return "better" if gain < 0 else "worse"
+    return judged(-gain, error)
 
 
 def findings(rows: Sequence[Row], low: Row | None, spent: Sequence[Row], search: Row | None) -> list[str]:
@@ -103,7 +97,8 @@ def findings(rows: Sequence[Row], low: Row | None, spent: Sequence[Row], search:
     for row in spent:
         if row["against_single"] is not None and row["arm"] != "single":
             sentences.append(
-                f"A step of {ARMS[row['arm']].label} takes {row['against_single']:.2f}x one of single runs."
+                f"{ARMS[row['arm']].label}: {row['against_single']:.2f}x the training time of single runs, whose starts "
+                "count."
             )
     if search is not None:
         best, even = search["best"], search["even"]
