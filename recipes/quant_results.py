@@ -97,8 +97,8 @@ def findings(rows: Sequence[Row], low: Row | None, spent: Sequence[Row], search:
     for row in spent:
         if row["against_single"] is not None and row["arm"] != "single":
             sentences.append(
-                f"{ARMS[row['arm']].label}: {row['against_single']:.2f}x the training time of single runs, whose starts "
-                "count."
+                f"{ARMS[row['arm']].label}: {row['against_single']:.2f}x the training time of single runs, "
+                "whose starts count."
             )
     if search is not None:
         best, even = search["best"], search["even"]
