@@ -11,6 +11,7 @@ import torch
 from language_support import byte_tokenizer, write_language_model
 from lightning_support import QUIET
 
+from samplewise.recipes import quant_results
 from samplewise.recipes.quant import QuantOptions, run
 from samplewise.recipes.quant_arms import ARMS
 from samplewise.recipes.quant_results import findings, low_averages, summarise, times, verdict
@@ -167,7 +168,7 @@ def test_differences_are_paired_by_seed():
     assert low["error"] == pytest.approx(low["gain_sd"] / np.sqrt(2))
     assert rows["uniform", 2]["gain"] is None
     assert verdict(low["gain"], low["error"]) == "better"
-    assert verdict(0.2, 0.0) == "worse"
+    assert verdict(0.2, 0.0) == verdict(0.2, 0.15) == "worse"
     assert verdict(0.2, 0.3) == "within its standard error"
     assert verdict(0.2, None) == "one seed"
     below = low_averages(runs, 3)
@@ -180,7 +181,14 @@ def test_differences_are_paired_by_seed():
     assert "Below 3 bits, balanced less uniform draws: -0.750" in text
     assert "2: -0.750 (better)" in text
     assert "4: +0.200 (worse)" in text
-    assert "1.38x" in text
+    assert "balanced: 1.38x the training time of single runs" in text
+
+
+def test_perplexities_that_say_nothing_are_written_short():
+    (row, *_) = summarise(runs_of("rtn", [[16.5, 2.0, 1.0]]))
+    assert row["perplexity"] == pytest.approx(np.exp(16.5))
+    assert quant_results._cells(row)[2:4] == ["16.500", "1.5e+07"]
+    assert quant_results._cells({**row, "perplexity": 9876.54})[3] == "9,876.5"
 
 
 def test_arms_have_their_own_colours():
