@@ -143,7 +143,7 @@ class RetrievalDataset(Dataset[dict[str, Any]]):
         self.count = integer(name, "count", count, 0, what="the number of negatives a query")
         self.depth, self.seed = depth, integer(name, "seed", seed, 0)
         self._follows = sampler is not None
-        self.shared_epoch = SharedEpoch() if sampler is None else _epoch_of(name, sampler, len(queries))
+        self.shared_epoch = SharedEpoch() if sampler is None else epoch_of(name, sampler, len(queries), "queries")
         self.negatives: Table | NDArray[Any] | None = None
         self._source: MinedNegatives | RandomNegatives
         if negatives is not None:
@@ -215,13 +215,19 @@ def _checked_items(owner: str, name: str, items: Any) -> Any:
     return items
 
 
-def _epoch_of(owner: str, sampler: PlannedSampler, queries: int) -> SharedEpoch:
+def epoch_of(owner: str, sampler: PlannedSampler, size: int, what: str) -> SharedEpoch:
+    """The epoch of a loader's sampler, which draws of a data set of ``size`` ``what`` can follow.
+
+    Raises:
+        TypeError: no PlannedSampler.
+        ValueError: one of another size.
+    """
     if not isinstance(sampler, PlannedSampler):
         raise TypeError(f"{owner}(sampler={type(sampler).__name__}): a PlannedSampler is needed, the loader's.")
-    if sampler.size != queries:
+    if sampler.size != size:
         raise ValueError(
-            f"{owner}(sampler=...): the sampler plans for {sampler.size} samples, but there are {queries} queries; "
-            f"make it with size=len(queries)."
+            f"{owner}(sampler=...): the sampler plans for {sampler.size} samples, but there are {size} {what}; make it "
+            f"with size=len({what})."
         )
     return sampler.shared_epoch
 

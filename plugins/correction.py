@@ -1,0 +1,183 @@
+"""RAC: train a model to correct what it wrote itself.
+
+Cen et al., "Bridging the Training-Inference Gap in LLMs by Leveraging Self-Generated Tokens", TMLR 2025
+(reference-answer correction). For a share gamma of the samples the input is prompt x, the model's own attempt a, a
+connector c and the reference y, and only the reference is in the loss; the others are plain fine-tuning:
+
+    [x][a][c][y]        loss = -sum_t log p(y_t | x, a, c, y_1 ... y_(t-1))
+
+The model sees its own errors as context, and what they should have been. Which samples are corrections is a hash of
+(seed, epoch, sample): the same in any worker, on any rank and after a resume.
+
+The paper leaves open, and here are arguments: the connector, an attempt equal to the reference (nothing to correct),
+and what is cut where the whole is too long: the attempt first, and then no correction is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from samplewise.cuda_ext.checks import choice, integer, share
+from samplewise.loaders.epoch import SharedEpoch
+from samplewise.loaders.negatives import epoch_of, fetched
+from samplewise.loaders.sampler import PlannedSampler
+from samplewise.loaders.seeding import derive
+from samplewise.plugins.self_tokens import lots
+from samplewise.plugins.token_buffer import IGNORED, Ints, Sample, TokenBuffer, digests, read_sample
+
+REQUEST = "Check this answer, and write it again without its mistakes."
+_ATTEMPT = "the-attempt-stands-here"
+_PER_TOKEN = ("position_ids", "token_type_ids")  # a longer text has others, which models make themselves
+
+
+def correction_connector(tokenizer: Any, request: str = REQUEST) -> Ints:
+    """The tokens between an attempt and the reference: int64 (C,).
+
+    With a chat template they end the assistant's turn, hold ``request`` as the user's and begin the assistant's next;
+    without one they are ``request`` on a line of its own.
+
+    Args:
+        tokenizer: of transformers.
+        request: what the user says.
+
+    Raises:
+        ValueError: a chat template that does not write an answer as it is.
+    """
+    text = f"\n{request}\n"
+    if getattr(tokenizer, "chat_template", None):
+        turns = (("user", "?"), ("assistant", _ATTEMPT), ("user", request))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        _, attempt, text = written.rpartition(_ATTEMPT)
+        if not attempt:
+            raise ValueError("correction_connector(tokenizer): its chat template does not write earlier answers.")
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+
+class CorrectionDataset(Dataset[Mapping[str, Any]]):
+    """Map-style data set in which a share of the samples are corrections of the model's own attempts.
+
+    An item is ``{"input_ids", "labels"}``, int64 (T,): a correction, or the sample as the data set has it; an
+    ``attention_mask`` of the data set's is kept up. For models with an encoder, attempt and connector follow the
+    encoder's input. A sample without an attempt yet is plain. All of a batch comes from one version of the attempts.
+
+    Args:
+        attempts: buffer of the data, which :func:`~samplewise.plugins.refresh_attempts` writes.
+        connector: the tokens between attempt and reference, for example :func:`correction_connector`'s.
+        correct_share: gamma, the share of the samples that are corrections, in [0, 1].
+        equal: an attempt that equals the reference makes a plain sample (``"skip"``), or a correction all the same
+            (``"keep"``), of which a model learns when to leave an answer as it is.
+        max_length: tokens of a correction at the most: the attempt is cut, from its end, and where nothing of it would
+            be left, the sample is plain; None: no limit.
+        seed: key of the draws.
+        sampler: the loader's sampler, whose epoch the draws follow; without it :meth:`set_epoch` sets the epoch.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument outside its range.
+
+    Example::
+
+        attempts = TokenBuffer("attempts", data, tokenizer)
+        corrections = CorrectionDataset(attempts, correction_connector(tokenizer), sampler=sampler)
+        loader = DataLoader(with_ids(corrections), batch_size=8, sampler=sampler, collate_fn=collate_with_ids(pad))
+    """
+
+    def __init__(
+        self,
+        attempts: TokenBuffer,
+        connector: Sequence[int] | Ints,
+        *,
+        correct_share: float = 0.5,
+        equal: Literal["skip", "keep"] = "skip",
+        max_length: int | None = None,
+        seed: int = 0,
+        sampler: PlannedSampler | None = None,
+    ):
+        owner = "CorrectionDataset"
+        if not isinstance(attempts, TokenBuffer):
+            raise TypeError(f"{owner}(attempts={type(attempts).__name__}): a TokenBuffer is needed.")
+        if attempts.data is None:
+            raise ValueError(f"{owner}(attempts): the buffer has lost its data set; make it with the data, once.")
+        tokens = np.asarray(connector)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise TypeError(f"{owner}(connector={connector!r:.60}): token ids (C,) are needed: correction_connector().")
+        self.buffer, self.data, self.connector = attempts, attempts.data, tokens.astype(np.int64)
+        self.correct_share = share(owner, "correct_share", correct_share, what="the share of corrections")
+        choice(owner, "equal", equal, "skip", "keep")
+        self.equal = equal
+        self.max_length = None if max_length is None else integer(owner, "max_length", max_length, 1)
+        self.seed = integer(owner, "seed", seed, 0)
+        self._follows = sampler is not None
+        self.shared_epoch = SharedEpoch() if sampler is None else epoch_of(owner, sampler, attempts.size, "samples")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for ``epoch`` from now on. Where a sampler was given its epoch counts, and this does nothing."""
+        if not self._follows:
+            self.shared_epoch.value = integer("CorrectionDataset.set_epoch", "epoch", epoch, 0)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is drawn for."""
+        return self.shared_epoch.value
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """The items of a batch, their attempts from one version of the buffer."""
+        ids = np.asarray(indices, dtype=np.int64)
+        items = fetched(self.data, ids, "data")
+        if not self.buffer.version:
+            raise RuntimeError("CorrectionDataset: there are no attempts; call refresh_attempts(model, data) first.")
+        rows = self.buffer.take(ids)
+        drawn = lots(ids, np.ones_like(ids), derive(self.seed, self.epoch, "corrections")) < self.correct_share
+        for place in np.flatnonzero(drawn & (rows.versions > 0)).tolist():
+            where = f"CorrectionDataset: sample {ids[place]}"
+            sample = read_sample(items[place], where, seq2seq=bool(rows.meta["seq2seq"]))
+            one = np.array([0, len(sample.targets)])
+            if digests(sample.targets, one)[0] != rows.digests[place]:
+                raise ValueError(
+                    f"{where}: its response is not the one that the attempt was written for; the data have changed, or "
+                    f"are in another order: write a new buffer for them."
+                )
+            attempt = rows.tokens[place].astype(np.int64)
+            if self.equal == "keep" or not is_reference(attempt, sample.targets, self.buffer.special):
+                items[place] = self._correction(items[place], sample, attempt, bool(rows.meta["seq2seq"]))
+        return items
+
+    def _correction(self, item: Mapping[str, Any], sample: Sample, attempt: Ints, seq2seq: bool) -> Mapping[str, Any]:
+        tokens, connector = sample.tokens, self.connector
+        if seq2seq:
+            end = len(tokens) - int(len(tokens) > 0 and tokens[-1] in self.buffer.special)
+            prompt, rest, hidden = tokens[:end], tokens[end:], 0
+        else:
+            prompt, rest = np.split(tokens, sample.places[:1])
+            hidden = len(prompt)
+        if self.max_length is not None:
+            attempt = attempt[: max(0, self.max_length - len(prompt) - len(connector) - len(rest))]
+            if not len(attempt):
+                return item
+        inputs = torch.from_numpy(np.concatenate([prompt, attempt, connector, rest]))
+        labels = torch.as_tensor(item["labels"], dtype=torch.int64)
+        if not seq2seq:
+            begin = torch.full((hidden + len(attempt) + len(connector),), IGNORED)
+            labels = torch.cat([begin, labels[hidden:]])
+        made: dict[str, Any] = {key: value for key, value in item.items() if key not in _PER_TOKEN}
+        made |= {"input_ids": inputs, "labels": labels}
+        if "attention_mask" in made:
+            made["attention_mask"] = torch.ones_like(inputs)
+        return made
+
+
+def is_reference(attempt: Ints, targets: Ints, special: Ints) -> bool:
+    """Whether an attempt is the reference, special tokens aside."""
+    return np.array_equal(attempt[~np.isin(attempt, special)], targets[~np.isin(targets, special)])
