@@ -138,6 +138,7 @@ class SelfTokenMixer:
     Args:
         buffer: the model's own tokens.
         beta: probability that a token is replaced: a number, or a function of the epoch such as :class:`BetaSchedule`.
+            While it is 0 the buffer may be empty.
         collate: the function that makes a batch of items without ids; None: torch's default.
         after_error: which labels leave the loss where a token was replaced by a wrong one: ``"gold"``: none,
             ``"mask_next"``: that of the token after it, ``"mask_replaced"``: its own.
@@ -229,6 +230,8 @@ class SelfTokenMixer:
             )
         mixed = copy.copy(batch)
         if not self.buffer.version:
+            if self.beta(self.epoch) == 0:  # as in the first epoch of most schedules
+                return mixed
             raise RuntimeError("SelfTokenMixer: the buffer is empty; call refresh_self_tokens(model, mixer) first.")
         ids: Ints = batch[SAMPLE_ID].cpu().numpy()
         places = ResponsePlaces(batch, len(ids))

@@ -200,12 +200,12 @@ class TokenBuffer:
         arrays = version.arrays
         offsets = np.concatenate(([0], np.cumsum(arrays["lengths"][ids], dtype=np.int64))).astype(np.int64)
         flat = _flat(arrays["offsets"][ids], np.diff(offsets))
-        return Rows(
-            Ragged(np.asarray(arrays["tokens"][flat]), offsets),
-            (arrays["replaced"][flat >> 3] >> (flat & 7).astype(np.uint8)) & 1 == 1,
-            *(np.asarray(arrays[name][ids]) for name in ("digests", "versions", "betas", "epochs")),
-            version.meta,
+        digest, versions, betas, epochs = (
+            np.asarray(arrays[name][ids]) for name in ("digests", "versions", "betas", "epochs")
         )
+        replaced = (arrays["replaced"][flat >> 3] >> (flat & 7).astype(np.uint8)) & 1 == 1
+        tokens = Ragged(np.asarray(arrays["tokens"][flat]), offsets)
+        return Rows(tokens, replaced, digest, versions, betas, epochs, version.meta)
 
     def _check(self, version: Version) -> None:
         if version is self._checked:

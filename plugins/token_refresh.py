@@ -167,12 +167,12 @@ def refresh_attempts(
             ):
                 answers[row] = answer
         equal = sum(is_reference(a, sample.targets, special) for a, sample in zip(answers, samples, strict=True))
-        rows = Ragged.from_lists(answers)
+        attempts = Ragged.from_lists(answers)
         counts = {
-            "tokens": len(rows.values), "attempts": len(ids), "equal": equal,
-            "unfinished": int((rows.lengths == most).sum()),
+            "tokens": len(attempts.values), "attempts": len(ids), "equal": equal,
+            "unfinished": int((attempts.lengths == most).sum()),
         }  # fmt: skip
-        return Written(rows, np.zeros(len(rows.values), np.bool_), counts)
+        return Written(attempts, np.zeros(len(attempts.values), np.bool_), counts)
 
     meta = {"temperature": settings["temperature"], "seed": corrections.seed, "epoch": epoch, "beta": 1.0}
     counts, seconds = write_version(owner, model, corrections.buffer, write, meta=meta, capacity=most, running=running)

@@ -243,8 +243,8 @@ def sequential_tokens(
     steps = max((int(places[-1]) + 1 for places in inside if len(places)), default=0)
     if not steps:
         return [job.targets for job in jobs]
-    forced, replaced, lots = np.zeros((len(jobs), steps), np.int64), np.zeros((len(jobs), steps), bool), None
-    lots = np.zeros((len(jobs), steps))
+    shape = len(jobs), steps
+    forced, replaced, lots = np.zeros(shape, np.int64), np.zeros(shape, np.bool_), np.zeros(shape)
     for row, (job, text, places) in enumerate(zip(jobs, texts, inside, strict=True)):
         forced[row, : len(text)] = text[:steps]
         replaced[row, places] = job.replaced & ~np.isin(job.targets, special)
@@ -253,8 +253,8 @@ def sequential_tokens(
     device = model.device
     inputs = _padded(prompts, device) if decoder else _padded_left(prompts, device)
     begin = 1 if decoder else inputs["input_ids"].shape[1]
-    tensors = [torch.from_numpy(array).to(device) for array in (forced, replaced, lots, special)]
-    writing = _Writing(begin, *tensors, temperature)
+    given, taken, drawn, kept = (torch.from_numpy(array).to(device) for array in (forced, replaced, lots, special))
+    writing = _Writing(begin, given, taken, drawn, kept, temperature)
     with _own_decisions(model, decoder):
         model.generate(**inputs, max_new_tokens=steps, do_sample=False, logits_processor=[writing], **(options or {}))
     own = writing.own.cpu().numpy()
