@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from samplewise.cuda_ext.checks import choice, integer, share
@@ -62,7 +63,7 @@ def correction_connector(tokenizer: Any, request: str = REQUEST) -> Ints:
 class CorrectionDataset(Dataset[Mapping[str, Any]]):
     """Map-style data set in which a share of the samples are corrections of the model's own attempts.
 
-    An item is ``{"input_ids", "labels"}``, int64 (T,): a correction, or the sample as the data set has it; an
+    An item is ``{"input_ids", "labels"}``, (T,) each: a correction, or the sample as the data set has it. An
     ``attention_mask`` of the data set's is kept up. For models with an encoder, attempt and connector follow the
     encoder's input. A sample without an attempt yet is plain. All of a batch comes from one version of the attempts.
 
@@ -140,7 +141,7 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
             raise RuntimeError("CorrectionDataset: there are no attempts; call refresh_attempts(model, data) first.")
         rows = self.buffer.take(ids)
         drawn = lots(ids, np.ones_like(ids), derive(self.seed, self.epoch, "corrections")) < self.correct_share
-        for place in np.flatnonzero(drawn & (rows.versions > 0)).tolist():
+        for place in np.flatnonzero(drawn & (rows.versions > 0)).tolist():  # which have a response
             where = f"CorrectionDataset: sample {ids[place]}"
             sample = read_sample(items[place], where, seq2seq=bool(rows.meta["seq2seq"]))
             one = np.array([0, len(sample.targets)])
@@ -166,16 +167,22 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
             attempt = attempt[: max(0, self.max_length - len(prompt) - len(connector) - len(rest))]
             if not len(attempt):
                 return item
-        inputs = torch.from_numpy(np.concatenate([prompt, attempt, connector, rest]))
-        labels = torch.as_tensor(item["labels"], dtype=torch.int64)
+        inputs, labels = np.concatenate([prompt, attempt, connector, rest]), np.asarray(item["labels"])
         if not seq2seq:
-            begin = torch.full((hidden + len(attempt) + len(connector),), IGNORED)
-            labels = torch.cat([begin, labels[hidden:]])
+            begin = np.full(hidden + len(attempt) + len(connector), IGNORED)
+            labels = np.concatenate([begin, labels[hidden:]])
         made: dict[str, Any] = {key: value for key, value in item.items() if key not in _PER_TOKEN}
-        made |= {"input_ids": inputs, "labels": labels}
+        made |= {"input_ids": _like(item["input_ids"], inputs), "labels": _like(item["labels"], labels)}
         if "attention_mask" in made:
-            made["attention_mask"] = torch.ones_like(inputs)
+            made["attention_mask"] = _like(made["attention_mask"], np.ones_like(inputs))
         return made
+
+
+def _like(given: Any, values: Ints) -> Any:
+    """The values as the data set has its own: a tensor, a list or an array."""
+    if isinstance(given, Tensor):
+        return torch.from_numpy(values).to(given.dtype)
+    return values.tolist() if isinstance(given, list) else values.astype(np.asarray(given).dtype)
 
 
 def is_reference(attempt: Ints, targets: Ints, special: Ints) -> bool:

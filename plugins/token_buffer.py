@@ -100,7 +100,7 @@ def _row(item: Mapping[str, Any], name: str, where: str) -> Ints:
 
 
 def digests(tokens: NDArray[Any], offsets: Ints) -> NDArray[np.uint64]:
-    """A hash of each row of tokens: uint64 (B,)."""
+    """A hash of each row of tokens, 0 of an empty one: uint64 (B,)."""
     inside = np.arange(len(tokens)) - np.repeat(offsets[:-1], np.diff(offsets))
     mixed = hash64(tokens.astype(np.uint64) + (inside.astype(np.uint64) << np.uint64(32)), 0)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])

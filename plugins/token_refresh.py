@@ -85,7 +85,7 @@ def refresh_self_tokens(
     owner = "refresh_self_tokens"
     if not isinstance(mixer, SelfTokenMixer):
         raise TypeError(f"{owner}(mixer={type(mixer).__name__}): a SelfTokenMixer is needed.")
-    settings, running = _settings(owner, options)
+    settings, running = refresh_settings(owner, options)
     notes = check_rollout(owner, rollout, passes, span, settings)
     epoch = mixer.epoch if epoch is None else integer(owner, "epoch", epoch, 0)
     beta, special = mixer.beta(epoch), mixer.buffer.special
@@ -148,7 +148,7 @@ def refresh_attempts(
     owner = "refresh_attempts"
     if not isinstance(corrections, CorrectionDataset):
         raise TypeError(f"{owner}(corrections={type(corrections).__name__}): a CorrectionDataset is needed.")
-    settings, running = _settings(owner, options)
+    settings, running = refresh_settings(owner, options)
     most = integer(owner, "max_new_tokens", max_new_tokens, 1)
     epoch = corrections.epoch if epoch is None else integer(owner, "epoch", epoch, 0)
     special, size = corrections.buffer.special, corrections.buffer.size
@@ -203,7 +203,7 @@ def token_drift(model: Any, mixer: SelfTokenMixer, *, samples: int = _PROBES, ba
     """
     owner, buffer = "token_drift", mixer.buffer
     integer(owner, "samples", samples, 1)
-    settings, _ = _settings(owner, {"batch_size": batch_size})
+    settings, _ = refresh_settings(owner, {"batch_size": batch_size})
     meta = buffer.table.snapshot().meta
     there = np.flatnonzero(np.asarray(buffer.table["versions"]) > 0)
     ids = there[np.unique(np.linspace(0, len(there) - 1, min(samples, len(there))).astype(np.int64))]
@@ -236,7 +236,7 @@ def check_rollout(owner: str, rollout: Rollout, passes: int, span: int, settings
     return {"rollout": rollout, "passes": passes, "span": span if rollout == "span" else 1}
 
 
-def _settings(owner: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Running]:
+def refresh_settings(owner: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Running]:
     """What generation needs, and what the writing needs."""
     if unknown := sorted(set(options) - set(RefreshOptions.__annotations__)):
         raise TypeError(f"{owner}({unknown[0]}=...): there are {', '.join(RefreshOptions.__annotations__)}.")

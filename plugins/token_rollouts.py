@@ -81,7 +81,7 @@ def choose(logits: Tensor, lots: Tensor, temperature: float) -> Tensor:
 
     Args:
         logits: (n, V).
-        lots: float64 (n,) in [0, 1).
+        lots: float64 (n,) in [0, 1), on any device.
         temperature: 0: the likeliest.
 
     Returns:
@@ -95,12 +95,13 @@ def choose(logits: Tensor, lots: Tensor, temperature: float) -> Tensor:
         raise ValueError("the model's logits are NaN; nothing was written. Check its weights, or the precision.")
     if temperature == 0:
         return tokens
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # which has no float64
     chosen = []
-    for part, lot in zip(logits.split(_ROWS), lots.split(_ROWS), strict=True):
-        sums = (part.double() / temperature).softmax(-1).cumsum(-1)
+    for part, lot in zip(logits.split(_ROWS), lots.to(device).split(_ROWS), strict=True):
+        sums = (part.to(device).double() / temperature).softmax(-1).cumsum(-1)
         places = torch.searchsorted(sums, (lot[:, None] * sums[:, -1:]), right=True)[:, 0]
         chosen.append(places.clamp_max(part.shape[1] - 1))
-    return torch.cat(chosen) if chosen else tokens
+    return torch.cat(chosen).to(tokens.device) if chosen else tokens
 
 
 def parallel_tokens(
@@ -162,7 +163,7 @@ def _forward(model: Any, jobs: Sequence[Job], contexts: Sequence[Ints], temperat
         else:
             logits = model(**inputs, use_cache=False).logits
     wanted = logits[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
-    lots = torch.from_numpy(np.concatenate([job.lots for job in jobs])).to(device)
+    lots = torch.from_numpy(np.concatenate([job.lots for job in jobs]))
     tokens: Ints = choose(wanted, lots, temperature).cpu().numpy()
     return np.split(tokens, np.cumsum(counts)[:-1])
 
@@ -253,8 +254,8 @@ def sequential_tokens(
     device = model.device
     inputs = _padded(prompts, device) if decoder else _padded_left(prompts, device)
     begin = 1 if decoder else inputs["input_ids"].shape[1]
-    given, taken, drawn, kept = (torch.from_numpy(array).to(device) for array in (forced, replaced, lots, special))
-    writing = _Writing(begin, given, taken, drawn, kept, temperature)
+    given, taken, kept = (torch.from_numpy(array).to(device) for array in (forced, replaced, special))
+    writing = _Writing(begin, given, taken, torch.from_numpy(lots), kept, temperature)
     with _own_decisions(model, decoder):
         model.generate(**inputs, max_new_tokens=steps, do_sample=False, logits_processor=[writing], **(options or {}))
     own = writing.own.cpu().numpy()
@@ -274,13 +275,15 @@ def _padded_left(rows: Sequence[Ints], device: Any) -> dict[str, Tensor]:
 def _own_decisions(model: Any, decoder: bool) -> Iterator[None]:
     """Without the model's own settings of ``generate``: nothing ends a row early or bends its logits."""
     generation = optional_import("refresh_self_tokens", "transformers", "hf").GenerationConfig
-    given = model.generation_config
     plain = generation(pad_token_id=0, decoder_start_token_id=_decoder_start(model) if decoder else None)
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # peft sets the latter's
+    given = [holder.generation_config for holder in holders]
     model.generation_config = plain
     try:
         yield
     finally:
-        model.generation_config = given
+        for holder, config in zip(holders, given, strict=True):
+            holder.generation_config = config
 
 
 def written_answers(
@@ -311,7 +314,7 @@ def written_answers(
         begin = 1 if decoder else inputs["input_ids"].shape[1]
         count = len(prompts), most
         free = torch.ones(count, dtype=torch.bool, device=model.device)
-        drawn = torch.from_numpy(np.stack(lots)).to(model.device)
+        drawn = torch.from_numpy(np.stack(lots))
         none = torch.empty(0, dtype=torch.int64, device=model.device)
         given["logits_processor"] = [_Writing(begin, free.long(), free, drawn, none, temperature)]
     settings = {"max_new_tokens": most, "do_sample": False, "eos_token_id": ends.tolist(), "pad_token_id": int(ends[0])}

@@ -140,7 +140,8 @@ def write_version(
     capacities = lengths if capacity is None else np.full(buffer.size, capacity, np.int64)
     losses = None if ledger is None else ledger.column("loss_ema").cpu().numpy()
     rng = generator(int(meta["seed"]), epoch, buffer.version, "refresh")
-    due = on_all_ranks(lambda: refresh_order(capacities, versions, losses, budget=running.budget, rng=rng))
+    takes = np.where(reference != 0, capacities, 0)  # the digest of an empty response is 0
+    due = on_all_ranks(lambda: refresh_order(takes, versions, losses, budget=running.budget, rng=rng))
     due = np.sort(gather_rows(torch.from_numpy(due if rank() == 0 else due[:0]))[0].numpy())  # ledgers may differ
     writing = buffer.writing(capacities, reference, {**meta, "seq2seq": seq2seq}) if rank() == 0 else nullcontext(None)
     counts: Counts = {}

@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bits_support import tiny_llama
+from language_support import byte_tokenizer, write_language_model
 from negatives_support import WORDS, texts, tokenize
 from torch.utils.data import TensorDataset
 
 from samplewise.plugins.multi_bit import MultiBitLinear
+from samplewise.recipes.responses import pad_left
+from samplewise.recipes.text_pairs import Pair, TokenizedPairs
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
 
@@ -33,8 +36,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_seven_examples():
-    assert len(BLOCKS) == 7
+def test_there_are_the_nine_examples():
+    assert len(BLOCKS) == 9
 
 
 def test_plain_loop_and_lightning(names):
@@ -90,7 +93,23 @@ def test_one_run_for_every_bit_width(names):
     assert not any(isinstance(module, MultiBitLinear) for module in names["plain"].modules())
 
 
+def test_the_models_own_tokens(names):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(write_language_model(Path("model"))), byte_tokenizer(None)
+    data = TokenizedPairs([Pair(f"{n}", "abcdefgh"[: 2 + n % 6]) for n in range(40)], tokenizer, 64)
+    names |= {"language_model": model, "tokenizer": tokenizer, "data": data, "pad": pad_left}
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec(BLOCKS[6], names)
+    assert names["buffer"].version == 3
+    assert names["sampler"].ledger.seen.all()
+    exec(BLOCKS[7], names)
+    assert names["attempts"].version == 1
+    labels = next(iter(names["loader"]))["labels"]
+    assert labels.shape[1] > 20  # a request is in some rows
+
+
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[6])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[8])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5
