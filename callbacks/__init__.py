@@ -12,11 +12,20 @@ if TYPE_CHECKING:
     from samplewise.callbacks.lightning import SamplingCallback
     from samplewise.callbacks.negatives import RefreshHardNegatives
     from samplewise.callbacks.report import SamplingReport
+    from samplewise.callbacks.self_tokens import RefreshSelfTokens
 
-__all__ = ["BudgetSchedule", "RefreshHardNegatives", "SamplingCallback", "SamplingReport", "SwitchBits"]
+__all__ = [
+    "BudgetSchedule",
+    "RefreshHardNegatives",
+    "RefreshSelfTokens",
+    "SamplingCallback",
+    "SamplingReport",
+    "SwitchBits",
+]
 
 _EXTRAS = {
     "RefreshHardNegatives": ("negatives", "lightning"),
+    "RefreshSelfTokens": ("self_tokens", "lightning,hf"),
     "SamplingCallback": ("lightning", "lightning"),
     "SamplingReport": ("report", "lightning,report"),
     "SwitchBits": ("bits", "lightning"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import Unpack, override
 
 from samplewise.cuda_ext.checks import integer
-from samplewise.cuda_ext.ranks import rank, world_size
+from samplewise.cuda_ext.ranks import from_first_rank, rank
 from samplewise.loaders import RetrievalDataset
 from samplewise.plugins.hard_negatives import MiningOptions
 from samplewise.plugins.refresh import Encoder, check_refresh, refresh_hard_negatives
@@ -125,7 +124,7 @@ class RefreshHardNegatives(Callback):
                 self.table.restore(version[0], token=version[1])
             except ValueError as error:
                 gone = str(error)
-        gone = _from_first_rank(gone)
+        gone = from_first_rank(gone)
         if gone:
             warnings.warn(f"RefreshHardNegatives: the checkpoint's negatives are mined anew: {gone}", stacklevel=2)
         if self._epoch_over and self._is_due(trainer, self._epoch + 1):  # saved at an epoch's end
@@ -203,12 +202,3 @@ def _is_over(trainer: Trainer) -> bool:
     return trainer.global_step == trainer.max_steps or (
         trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     )
-
-
-def _from_first_rank(text: str) -> str:
-    """Rank 0's text, on all ranks; collective."""
-    if world_size() == 1:
-        return text
-    values = [text]
-    dist.broadcast_object_list(values)
-    return values[0]
