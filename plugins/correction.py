@@ -139,7 +139,7 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
         items = fetched(self.data, ids, "data")
         if not self.buffer.version:
             raise RuntimeError("CorrectionDataset: there are no attempts; call refresh_attempts(model, data) first.")
-        rows = self.buffer.take(ids)
+        rows = self.buffer.take(ids, "attempts")
         drawn = lots(ids, np.ones_like(ids), derive(self.seed, self.epoch, "corrections")) < self.correct_share
         for place in np.flatnonzero(drawn & (rows.versions > 0)).tolist():  # which have a response
             where = f"CorrectionDataset: sample {ids[place]}"

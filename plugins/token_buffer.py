@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.hashing import hash64
-from samplewise.loaders.draws import some
 from samplewise.loaders.negatives import corpus_fingerprint
 from samplewise.loaders.ragged import Ragged
 from samplewise.loaders.table import Table, Version
@@ -27,6 +26,8 @@ _COPIED = 1 << 22  # elements at a time
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Kind = Literal["tokens", "attempts"]
+"""At the places of the responses, one for one; or answers of any length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,20 +184,23 @@ class TokenBuffer:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def take(self, ids: Ints) -> Rows:
+    def take(self, ids: Ints, kind: Kind = "tokens") -> Rows:
         """The rows of some samples, all from the current version.
 
         Args:
             ids: int64 (B,).
+            kind: what they must be.
 
         Raises:
             RuntimeError: nothing has been written yet.
             IndexError: an id outside [0, N).
+            ValueError: the buffer is of the other kind.
         """
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.size:
             raise IndexError(f"{self!r}: ids are rows in [0, {self.size}), not {ids.tolist()!r:.80}.")
         version = self.table.snapshot()
         self._check(version)
+        self.check_kind(version.meta, kind)
         arrays = version.arrays
         offsets = np.concatenate(([0], np.cumsum(arrays["lengths"][ids], dtype=np.int64))).astype(np.int64)
         flat = _flat(arrays["offsets"][ids], np.diff(offsets))
@@ -206,6 +210,18 @@ class TokenBuffer:
         replaced = (arrays["replaced"][flat >> 3] >> (flat & 7).astype(np.uint8)) & 1 == 1
         tokens = Ragged(np.asarray(arrays["tokens"][flat]), offsets)
         return Rows(tokens, replaced, digest, versions, betas, epochs, version.meta)
+
+    def check_kind(self, meta: Mapping[str, Any], kind: str) -> None:
+        """Check that a version holds what is asked for.
+
+        Raises:
+            ValueError: it is of the other kind.
+        """
+        if meta["kind"] != kind:
+            raise ValueError(
+                f"{self!r}: it holds {meta['kind']}, not {kind}: a SelfTokenMixer has tokens, a CorrectionDataset "
+                f"attempts; give each a buffer of its own, in a folder of its own."
+            )
 
     def _check(self, version: Version) -> None:
         if version is self._checked:
@@ -240,12 +256,6 @@ class TokenBuffer:
         }  # fmt: skip
         if before is not None:
             self._check(before)
-            if not np.array_equal(before.arrays["offsets"], offsets):
-                rows = np.diff(before.arrays["offsets"]) != capacities
-                raise ValueError(
-                    f"{self!r}: rows {some(rows)} hold {np.diff(before.arrays['offsets'])[rows][:5].tolist()} tokens, "
-                    f"{capacities[rows][:5].tolist()} are asked for; delete the folder, or take another one."
-                )
         with self.table.writing(shapes, meta=meta) as arrays:
             for name, values in arrays.items() if before is not None else ():
                 for low in range(0, len(values), _COPIED):

@@ -103,7 +103,14 @@ def refresh_self_tokens(
         }  # fmt: skip
         return Written(Ragged(stored, targets.offsets), replaced, counts)
 
-    meta = {**notes, "temperature": settings["temperature"], "seed": mixer.seed, "epoch": epoch, "beta": beta}
+    meta = {
+        "kind": "tokens",
+        **notes,
+        "temperature": settings["temperature"],
+        "seed": mixer.seed,
+        "epoch": epoch,
+        "beta": beta,
+    }
     counts, seconds = write_version(owner, model, mixer.buffer, write, meta=meta, capacity=None, running=running)
     return {
         "agreement": _ratio(counts["equal"], counts["plain"]),
@@ -174,7 +181,13 @@ def refresh_attempts(
         }  # fmt: skip
         return Written(attempts, np.zeros(len(attempts.values), np.bool_), counts)
 
-    meta = {"temperature": settings["temperature"], "seed": corrections.seed, "epoch": epoch, "beta": 1.0}
+    meta = {
+        "kind": "attempts",
+        "temperature": settings["temperature"],
+        "seed": corrections.seed,
+        "epoch": epoch,
+        "beta": 1.0,
+    }
     counts, seconds = write_version(owner, model, corrections.buffer, write, meta=meta, capacity=most, running=running)
     return {
         "agreement": _ratio(counts["equal"], counts["attempts"]),

@@ -19,7 +19,7 @@ from samplewise.loaders.negatives import fetched
 from samplewise.loaders.ragged import Ragged
 from samplewise.loaders.seeding import generator
 from samplewise.plugins.search import progress_bar
-from samplewise.plugins.token_buffer import Bools, Ints, Sample, TokenBuffer, Writer, digests, read_sample
+from samplewise.plugins.token_buffer import Bools, Ints, Kind, Sample, TokenBuffer, Writer, digests, read_sample
 from samplewise.plugins.token_rollouts import undisturbed
 
 STRETCH = 64  # batches whose documents are sorted by length together
@@ -131,6 +131,8 @@ def write_version(
     before = buffer.table.snapshot() if buffer.version else None
     if before is not None and bool(before.meta["seq2seq"]) != seq2seq:
         raise ValueError(f"{owner}(model): the buffer was written by a model of another kind; take another folder.")
+    if before is not None:
+        buffer.check_kind(before.meta, str(meta["kind"]))
     if before is None:
         lengths, reference = on_all_ranks(lambda: _scan(owner, buffer, seq2seq, shown))
         versions = np.zeros(buffer.size, np.int32)
@@ -138,6 +140,11 @@ def write_version(
         lengths, reference = np.diff(before.arrays["offsets"]), np.asarray(before.arrays["digests"])
         versions = np.asarray(before.arrays["versions"])
     capacities = lengths if capacity is None else np.full(buffer.size, capacity, np.int64)
+    if before is not None and (lengths != capacities).any():
+        raise ValueError(
+            f"{owner}(max_new_tokens={capacity}): the buffer's rows hold {lengths[0]} tokens; give that, or take "
+            f"another folder."
+        )
     losses = None if ledger is None else ledger.column("loss_ema").cpu().numpy()
     rng = generator(int(meta["seed"]), epoch, buffer.version, "refresh")
     takes = np.where(reference != 0, capacities, 0)  # the digest of an empty response is 0
@@ -152,7 +159,7 @@ def write_version(
         stretch = STRETCH * running.batch_size * world_size()
         for ids in np.split(due, range(stretch, len(due), stretch)):
             own = ids[rank() :: world_size()]
-            work = partial(_generate, owner, inner, buffer, write, own, reference, seq2seq)
+            work = partial(_generate, owner, inner, buffer, write, own, reference, seq2seq, meta["kind"])
             everyone, tokens, replaced, found = _gathered(own, on_all_ranks(work))
             counts = {name: counts.get(name, 0) + value for name, value in found.items()}
             if writer is not None:
@@ -238,7 +245,14 @@ def _fill(owner: str, buffer: TokenBuffer, writer: Writer, ids: Ints, seq2seq: b
 
 
 def _generate(
-    owner: str, model: Any, buffer: TokenBuffer, write: Write, ids: Ints, reference: NDArray[np.uint64], seq2seq: bool
+    owner: str,
+    model: Any,
+    buffer: TokenBuffer,
+    write: Write,
+    ids: Ints,
+    reference: NDArray[np.uint64],
+    seq2seq: bool,
+    kind: Kind,
 ) -> Written:
     samples = read_samples(owner, buffer, ids, seq2seq=seq2seq)
     targets = Ragged.from_lists([sample.targets for sample in samples])
@@ -251,7 +265,7 @@ def _generate(
     written = write(model, ids, samples)
     counts = {**written.counts, "compared": 0, "changed": 0}
     if buffer.version:
-        rows = buffer.take(ids)
+        rows = buffer.take(ids, kind)
         for place in np.flatnonzero(rows.versions > 0).tolist():
             old, new = rows.tokens[place], written.tokens[place]
             counts["compared"] += len(new)
