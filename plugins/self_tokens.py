@@ -85,8 +85,7 @@ class BetaSchedule:
         if self.shape == "exponential":
             z = math.expm1(-k * z) / math.expm1(-k)
         elif self.shape == "inverse_sigmoid":
-            low, here, high = (1 / (1 + math.exp(-k * (place - 0.5))) for place in (0.0, z, 1.0))
-            z = (here - low) / (high - low)
+            z = (1 + math.tanh(k * (z - 0.5) / 2) / math.tanh(k / 4)) / 2
         return self.cap * z
 
 
@@ -251,7 +250,7 @@ class SelfTokenMixer:
 
 
 def _changed(values: Tensor, places: Tensor, new: Any) -> Tensor:
-    changed = values.clone()
+    changed = values.clone(memory_format=torch.contiguous_format)
     new = torch.as_tensor(new, dtype=values.dtype, device=values.device)
     changed.view(-1)[places.to(values.device)] = new
     return changed

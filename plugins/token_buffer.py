@@ -256,6 +256,13 @@ class TokenBuffer:
         }  # fmt: skip
         if before is not None:
             self._check(before)
+            held = np.diff(before.arrays["offsets"])
+            if (held != capacities).any():
+                row = int((held != capacities).argmax())
+                raise ValueError(
+                    f"{self!r}: row {row} holds {held[row]} tokens, {capacities[row]} are asked for; delete the "
+                    f"folder, or take another one."
+                )
         with self.table.writing(shapes, meta=meta) as arrays:
             for name, values in arrays.items() if before is not None else ():
                 for low in range(0, len(values), _COPIED):

@@ -25,8 +25,12 @@ class ResponsePlaces:
     def __init__(self, batch: Mapping[str, Any], samples: int):
         labels = batch["labels"]
         self.name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
-        tokens = batch[self.name]
-        if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.shape != tokens.shape:
+        tokens = batch.get(self.name)
+        if (
+            not (isinstance(labels, Tensor) and isinstance(tokens, Tensor))
+            or labels.ndim != 2
+            or labels.shape != tokens.shape
+        ):
             shapes = f"labels {_shape(labels)} and {self.name} {_shape(tokens)}"
             raise ValueError(
                 f"SelfTokenMixer: a batch must have {self.name} and labels (B, T), not {shapes}; for a model with an "

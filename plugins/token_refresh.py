@@ -222,15 +222,18 @@ def token_drift(model: Any, mixer: SelfTokenMixer, *, samples: int = _PROBES, ba
     ids = there[np.unique(np.linspace(0, len(there) - 1, min(samples, len(there))).astype(np.int64))]
     if not len(ids):
         return math.nan
-    rows, read = buffer.take(ids), read_samples(owner, buffer, ids, seq2seq=bool(meta["seq2seq"]))
-    ones = [np.array([length]) for length in rows.tokens.lengths.tolist()]
-    keys = [derive(int(meta["seed"]), epoch, "own") for epoch in rows.epochs.tolist()]
-    drawn = np.concatenate([lots(ids[i : i + 1], ones[i], key) for i, key in enumerate(keys)])
-    with undisturbed(model_of(model)) as inner:
-        own = _own_tokens(inner, read, rows.replaced, drawn, buffer.special, {**settings, **meta})
-    targets = Ragged.from_lists([sample.targets for sample in read])
-    now = np.where(allowed(targets.values, own, buffer.special), own, targets.values)
-    return _ratio(int((now != rows.tokens.values).sum()), len(now))
+    rows, changed = buffer.take(ids), 0
+    for version in np.unique(rows.versions).tolist():  # after a budget some are older, maybe by another rollout
+        given, part = meta["settings"][str(version)], np.flatnonzero(rows.versions == version)
+        now = buffer.take(ids[part])
+        read = read_samples(owner, buffer, ids[part], seq2seq=bool(meta["seq2seq"]))
+        key = derive(int(given["seed"]), int(given["epoch"]), "own")
+        drawn = lots(ids[part], now.tokens.lengths, key)
+        with undisturbed(model_of(model)) as inner:
+            own = _own_tokens(inner, read, now.replaced, drawn, buffer.special, {**settings, **given})
+        targets = np.concatenate([sample.targets for sample in read])
+        changed += int((np.where(allowed(targets, own, buffer.special), own, targets) != now.tokens.values).sum())
+    return _ratio(changed, len(rows.tokens.values))
 
 
 def check_rollout(owner: str, rollout: Rollout, passes: int, span: int, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,11 +88,13 @@ def choose(logits: Tensor, lots: Tensor, temperature: float) -> Tensor:
         int64 (n,).
 
     Raises:
-        ValueError: logits that are NaN, or all minus infinity.
+        ValueError: a row of logits that holds NaN or infinity, or is all minus infinity.
     """
     best, tokens = logits.max(-1)
-    if not bool((best > -torch.inf).all()):  # NaN is in the maximum
-        raise ValueError("the model's logits are NaN; nothing was written. Check its weights, or the precision.")
+    if not bool(best.isfinite().all()):  # NaN is in the maximum
+        raise ValueError(
+            "the model's logits are NaN or infinite; nothing was written. Check its weights, or the precision."
+        )
     if temperature == 0:
         return tokens
     device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # which has no float64
@@ -276,13 +278,18 @@ def _own_decisions(model: Any, decoder: bool) -> Iterator[None]:
     """Without the model's own settings of ``generate``: nothing ends a row early or bends its logits."""
     generation = optional_import("refresh_self_tokens", "transformers", "hf").GenerationConfig
     plain = generation(pad_token_id=0, decoder_start_token_id=_decoder_start(model) if decoder else None)
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # peft sets the latter's
-    given = [holder.generation_config for holder in holders]
-    model.generation_config = plain
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's models may have one, too
+    given = [
+        (holder, holder.generation_config)
+        for holder in {id(m): m for m in (base, model)}.values()
+        if "generation_config" in vars(holder)
+    ]
+    for holder, _ in given:
+        holder.generation_config = plain
     try:
         yield
     finally:
-        for holder, config in zip(holders, given, strict=True):
+        for holder, config in given:
             holder.generation_config = config
 
 

@@ -18,6 +18,7 @@ from samplewise.cuda_ext.ranks import gather_rows, rank, world_size
 from samplewise.loaders.negatives import fetched
 from samplewise.loaders.ragged import Ragged
 from samplewise.loaders.seeding import generator
+from samplewise.loaders.table import Version
 from samplewise.plugins.search import progress_bar
 from samplewise.plugins.token_buffer import Bools, Ints, Kind, Sample, TokenBuffer, Writer, digests, read_sample
 from samplewise.plugins.token_rollouts import undisturbed
@@ -150,7 +151,8 @@ def write_version(
     takes = np.where(reference != 0, capacities, 0)  # the digest of an empty response is 0
     due = on_all_ranks(lambda: refresh_order(takes, versions, losses, budget=running.budget, rng=rng))
     due = np.sort(gather_rows(torch.from_numpy(due if rank() == 0 else due[:0]))[0].numpy())  # ledgers may differ
-    writing = buffer.writing(capacities, reference, {**meta, "seq2seq": seq2seq}) if rank() == 0 else nullcontext(None)
+    notes = {**meta, "seq2seq": seq2seq, "settings": _settings(meta, before, buffer.version + 1)}
+    writing = buffer.writing(capacities, reference, notes) if rank() == 0 else nullcontext(None)
     counts: Counts = {}
     bar = progress_bar("self-generated tokens", len(due), shown)
     with undisturbed(model) as inner, writing as writer:
@@ -171,6 +173,14 @@ def write_version(
         dist.barrier()
     counts["total"] = int(capacities.sum())
     return counts, perf_counter() - begin
+
+
+def _settings(meta: Mapping[str, Any], before: Version | None, number: int) -> dict[str, Any]:
+    """Under each version that rows may be of, what it was generated with."""
+    if before is None:
+        return {str(number): dict(meta)}
+    used = {str(version) for version in np.unique(before.arrays["versions"]).tolist()}
+    return {**{key: value for key, value in before.meta["settings"].items() if key in used}, str(number): dict(meta)}
 
 
 def model_of(model: Any) -> Any:
