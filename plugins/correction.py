@@ -136,10 +136,10 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """The items of a batch, their attempts from one version of the buffer."""
         ids = np.asarray(indices, dtype=np.int64)
-        items = fetched(self.data, ids, "data")
         if not self.buffer.version:
             raise RuntimeError("CorrectionDataset: there are no attempts; call refresh_attempts(model, data) first.")
         rows = self.buffer.take(ids, "attempts")
+        items = fetched(self.data, ids, "data")
         drawn = lots(ids, np.ones_like(ids), derive(self.seed, self.epoch, "corrections")) < self.correct_share
         for place in np.flatnonzero(drawn & (rows.versions > 0)).tolist():  # which have a response
             where = f"CorrectionDataset: sample {ids[place]}"
@@ -164,9 +164,10 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
             prompt, rest = np.split(tokens, sample.places[:1])
             hidden = len(prompt)
         if self.max_length is not None:
-            attempt = attempt[: max(0, self.max_length - len(prompt) - len(connector) - len(rest))]
-            if not len(attempt):
+            room = self.max_length - len(prompt) - len(connector) - len(rest)
+            if room < min(1, len(attempt)):  # an attempt of nothing is one, too
                 return item
+            attempt = attempt[:room]
         inputs, labels = np.concatenate([prompt, attempt, connector, rest]), np.asarray(item["labels"])
         if not seq2seq:
             begin = np.full(hidden + len(attempt) + len(connector), IGNORED)
