@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARTS := cuda_ext loaders plugins callbacks recipes
 KERNELS := setup.py $(wildcard cuda_ext/csrc/*)
+NO_OPS := $(wildcard tests/plugins/test_*token*.py tests/plugins/test_*bit*.py) $(addprefix tests/plugins/test_,correction.py quantize.py)
 NATIVE := $(VENV)/.native-$(or $(SAMPLEWISE_NATIVE),auto)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
@@ -27,9 +28,9 @@ help:  ## list the targets
 demo: $(NATIVE)  ## run the curriculum pruning recipe on real data; ends with a table and a report
 	$(BIN)/samplewise run prune $(DEMO_ARGS)
 
-test: lint $(NATIVE)  ## lint, then all tests but the slow ones and those that need a GPU; those of the ops without kernels too
+test: lint $(NATIVE)  ## lint, then all tests but the slow ones and those that need a GPU; those that use ops without kernels too
 	$(PYTEST) -m "not slow and not cuda" $(PYTEST_ARGS)
-	SAMPLEWISE_NATIVE=0 $(PYTEST) -m "not slow and not cuda" --ignore=tests/cuda_ext/test_phases.py tests/cuda_ext tests/plugins $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	SAMPLEWISE_NATIVE=0 $(PYTEST) -m "not slow and not cuda" $(addprefix --ignore=,tests/cuda_ext/test_phases.py $(NO_OPS)) tests/cuda_ext tests/plugins $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 sanitize: $(NATIVE)  ## the tests of the ops on CPU kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	SAMPLEWISE_NATIVE=cpu CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -152,25 +152,24 @@ def write_version(
     due = on_all_ranks(lambda: refresh_order(takes, versions, losses, budget=running.budget, rng=rng))
     due = np.sort(gather_rows(torch.from_numpy(due if rank() == 0 else due[:0]))[0].numpy())  # ledgers may differ
     notes = {**meta, "seq2seq": seq2seq, "settings": _settings(meta, before, buffer.version + 1)}
-    writing = buffer.writing(capacities, reference, notes) if rank() == 0 else nullcontext(None)
     counts: Counts = {}
     bar = progress_bar("self-generated tokens", len(due), shown)
-    with undisturbed(model) as inner, writing as writer:
-        if writer is not None and before is None and capacity is None:
-            _fill(owner, buffer, writer, np.setdiff1d(np.arange(buffer.size), due), seq2seq)
+    with undisturbed(model) as inner, ExitStack() as stack:
+        stack.callback(bar.close)
+        writer = on_first_rank(lambda: stack.enter_context(buffer.writing(capacities, reference, notes)))
+        if before is None and capacity is None:
+            others = np.setdiff1d(np.arange(buffer.size), due)
+            on_first_rank(lambda: _fill(owner, buffer, writer, others, seq2seq))
         stretch = STRETCH * running.batch_size * world_size()
         for ids in np.split(due, range(stretch, len(due), stretch)):
             own = ids[rank() :: world_size()]
             work = partial(_generate, owner, inner, buffer, write, own, reference, seq2seq, meta["kind"])
             everyone, tokens, replaced, found = _gathered(own, on_all_ranks(work))
             counts = {name: counts.get(name, 0) + value for name, value in found.items()}
-            if writer is not None:
-                put = partial(writer.put, everyone, tokens, replaced, beta=float(meta["beta"]), epoch=epoch)
-            on_all_ranks(put if writer is not None else lambda: None)
+            put = partial(Writer.put, writer, everyone, tokens, replaced, beta=float(meta["beta"]), epoch=epoch)
+            on_first_rank(put)
             bar.update(len(ids))
-    bar.close()
-    if world_size() > 1:
-        dist.barrier()
+        on_first_rank(stack.close)  # publishes the version
     counts["total"] = int(capacities.sum())
     return counts, perf_counter() - begin
 
@@ -214,6 +213,11 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     if any(faults):
         raise RuntimeError("; ".join(f"rank {number}: {text}" for number, text in enumerate(faults) if text))
     return result
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, which alone does it; on the others nothing that may be used. Collective."""
+    return on_all_ranks(work if rank() == 0 else lambda: cast(T, None))
 
 
 def read_samples(owner: str, buffer: TokenBuffer, ids: Ints, *, seq2seq: bool) -> list[Sample]:

@@ -11,6 +11,7 @@ import torch
 
 from samplewise.callbacks import RefreshSelfTokens
 from samplewise.loaders.seeding import derive
+from samplewise.plugins import SelfTokenMixer
 from samplewise.recipes.language_model import find_language_model, load_language_model
 from samplewise.recipes.progress import Bars
 from samplewise.recipes.self_tokens_arms import (
@@ -111,7 +112,7 @@ class Comparison:
             data, collate = data_and_collate(target, self.pairs)
             refresh = None
             if target is not None:
-                needed = arm.kind == "rac" or target.beta(0) > 0
+                needed = not isinstance(target, SelfTokenMixer) or target.beta(0) > 0
                 refresh = RefreshSelfTokens(target, model, at_start=needed, **refresh_options(arm, options))
             given: dict[str, Any] = {"callbacks": [bars.begin(name)], "sampler": sampler, "data": data}
             begin = perf_counter()
@@ -133,7 +134,7 @@ class Comparison:
         """The model with new adapters, whose first values depend on the seed alone."""
         import peft
 
-        settings = {"r": self.options.rank, "lora_alpha": 2 * self.options.rank, "target_modules": "all-linear"}
+        settings: Any = {"r": self.options.rank, "lora_alpha": 2 * self.options.rank, "target_modules": "all-linear"}
         with torch.random.fork_rng():
             torch.manual_seed(derive(seed, "adapters"))
             return peft.get_peft_model(self.model, peft.LoraConfig(**settings))

@@ -74,9 +74,9 @@ def score(
     with undisturbed(model):
         for low in range(0, len(pairs), batch_size):
             items = [pairs[row] for row in range(low, min(low + batch_size, len(pairs)))]
-            found, right = _scored(model, items)
-            losses.append(found)
-            hits.append(right)
+            found = _scored(model, items)
+            losses.append(found[0])
+            hits.append(found[1])
             cuts = [int((item["labels"] != IGNORED).int().argmax()) for item in items]
             prompts = [item["input_ids"][:cut].numpy() for item, cut in zip(items, cuts, strict=True)]
             written = written_answers(model, prompts, [], most=most, ends=ends)
@@ -84,13 +84,16 @@ def score(
             mixed = []
             for item, cut, answer in zip(items, cuts, written, strict=True):
                 target = item["labels"][cut:]
-                own = _own_context(torch.from_numpy(answer), len(target), int(target[-1]))
-                same.append((own == target)[: len(target)] & (torch.arange(len(target)) <= len(answer)))
-                places.append(torch.arange(len(target)))
-                mixed.append({"input_ids": torch.cat([item["input_ids"][:cut], own]), "labels": item["labels"]})
+                context, here = (
+                    _own_context(torch.from_numpy(answer), len(target), int(target[-1])),
+                    np.arange(len(target)),
+                )
+                same.append((context == target).numpy() & (here <= len(answer)))
+                places.append(here)
+                mixed.append({"input_ids": torch.cat([item["input_ids"][:cut], context]), "labels": item["labels"]})
             own_losses.append(_scored(model, mixed)[0])
             done(len(items))
-    right, own = torch.cat(hits).numpy(), torch.cat(same).numpy()
+    right, own = torch.cat(hits).numpy(), np.concatenate(same)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     references = tokenizer.batch_decode(
         [row["labels"][row["labels"] != IGNORED] for row in (pairs[i] for i in range(len(pairs)))],
@@ -105,7 +108,7 @@ def score(
         rouge_l=rouge_l(texts, references),
         exact=float(np.mean([a.strip() == b.strip() for a, b in zip(texts, references, strict=True)])),
         repetition=float(np.mean([repetition(answer) for answer in answers])),
-        places=by_place(torch.cat(places).numpy(), right, own),
+        places=by_place(np.concatenate(places), right, own),
         answers=texts,
     )
 
