@@ -12,6 +12,7 @@ from typing_extensions import Unpack, override
 from samplewise.callbacks.huggingface import _checkpoint, transformers
 from samplewise.callbacks.refreshing import Figures, Refresher, Target, TokenOptions
 from samplewise.cuda_ext.ranks import rank
+from samplewise.loaders.ids import SAMPLE_ID
 from samplewise.plugins.self_tokens import SelfTokenMixer
 from samplewise.plugins.token_writing import model_of
 
@@ -32,8 +33,8 @@ class RefreshSelfTokens(transformers.TrainerCallback):  # type: ignore[misc]
       in the arguments as well.
     - By steps, the Trainer has fetched the next batch already, and workers more of them: these keep their tokens. A run
       resumed just after a refresh fetches them anew, with the new ones. By epochs, resuming is exact.
-    - A Trainer collates evaluation data by the same function, and the mixer takes training data only: override
-      ``get_eval_dataloader`` to evaluate during training.
+    - A Trainer collates evaluation data by the same function; the mixer leaves them as they are unless they are in
+      ``with_ids``.
 
     Args:
         target: see there. The mixer has ``keep_ids=False``, since a model takes no ids.
@@ -51,7 +52,7 @@ class RefreshSelfTokens(transformers.TrainerCallback):  # type: ignore[misc]
     Raises:
         TypeError: another target, no model of transformers, or an unknown option.
         ValueError: not exactly one of ``every_n_epochs`` and ``every_n_steps``, an argument outside its range, or, when
-            training begins, a mixer whose ids the Trainer removes or gives to the model.
+            training begins, a mixer whose ids are missing, or given to the model, or a target that follows a sampler.
 
     Example::
 
@@ -105,6 +106,15 @@ class RefreshSelfTokens(transformers.TrainerCallback):  # type: ignore[misc]
                     "RefreshSelfTokens(target): the Trainer would give the ids to the model; set "
                     "SelfTokenMixer(keep_ids=False)."
                 )
+            if SAMPLE_ID not in kwargs["train_dataloader"].dataset[0]:
+                raise ValueError(
+                    "RefreshSelfTokens: the items have no ids; give Trainer(train_dataset=with_ids(data))."
+                )
+        if self.target.follows:
+            raise ValueError(
+                "RefreshSelfTokens(target): the Trainer draws with a sampler of its own, so that the epoch of the one "
+                "given to the target would stay 0; leave sampler out there."
+            )
         model_of(self._model(kwargs))
         self.refresher.begin()
         updates = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)

@@ -15,7 +15,7 @@ and what is cut where the whole is too long: the attempt first, and then no corr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,12 @@ from samplewise.plugins.token_buffer import IGNORED, Ints, Sample, TokenBuffer, 
 
 REQUEST = "Check this answer, and write it again without its mistakes."
 _ATTEMPT = "the-attempt-stands-here"
-_PER_TOKEN = ("position_ids", "token_type_ids")  # a longer text has others, which models make themselves
+_PER_TOKEN: dict[str, Callable[[int], Ints]] = {
+    "attention_mask": lambda length: np.ones(length, np.int64),
+    "position_ids": np.arange,
+    "token_type_ids": lambda length: np.zeros(length, np.int64),
+}
+"""What an item may have for each token, of a correction of so many."""
 
 
 def correction_connector(tokenizer: Any, request: str = REQUEST) -> Ints:
@@ -63,9 +68,10 @@ def correction_connector(tokenizer: Any, request: str = REQUEST) -> Ints:
 class CorrectionDataset(Dataset[Mapping[str, Any]]):
     """Map-style data set in which a share of the samples are corrections of the model's own attempts.
 
-    An item is ``{"input_ids", "labels"}``, (T,) each: a correction, or the sample as the data set has it. An
-    ``attention_mask`` of the data set's is kept up. For models with an encoder, attempt and connector follow the
-    encoder's input. A sample without an attempt yet is plain. All of a batch comes from one version of the attempts.
+    An item is ``{"input_ids", "labels"}``, (T,) each: a correction, or the sample as the data set has it. Where it has
+    ``attention_mask``, ``position_ids`` or ``token_type_ids``, a correction has them, too; padding is left out of it.
+    For models with an encoder, attempt and connector follow the encoder's input. A sample without an attempt yet is
+    plain. All of a batch comes from one version of the attempts.
 
     Args:
         attempts: buffer of the data, which :func:`~samplewise.plugins.refresh_attempts` writes.
@@ -114,12 +120,12 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
         self.equal = equal
         self.max_length = None if max_length is None else integer(owner, "max_length", max_length, 1)
         self.seed = integer(owner, "seed", seed, 0)
-        self._follows = sampler is not None
+        self.follows = sampler is not None
         self.shared_epoch = SharedEpoch() if sampler is None else epoch_of(owner, sampler, attempts.size, "samples")
 
     def set_epoch(self, epoch: int) -> None:
         """Draw for ``epoch`` from now on. Where a sampler was given its epoch counts, and this does nothing."""
-        if not self._follows:
+        if not self.follows:
             self.shared_epoch.value = integer("CorrectionDataset.set_epoch", "epoch", epoch, 0)
 
     @property
@@ -144,6 +150,7 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
         for place in np.flatnonzero(drawn & (rows.versions > 0)).tolist():  # which have a response
             where = f"CorrectionDataset: sample {ids[place]}"
             sample = read_sample(items[place], where, seq2seq=bool(rows.meta["seq2seq"]))
+            _check_columns(items[place], where)
             one = np.array([0, len(sample.targets)])
             if digests(sample.targets, one)[0] != rows.digests[place]:
                 raise ValueError(
@@ -159,24 +166,36 @@ class CorrectionDataset(Dataset[Mapping[str, Any]]):
         tokens, connector = sample.tokens, self.connector
         if seq2seq:
             end = len(tokens) - int(len(tokens) > 0 and tokens[-1] in self.buffer.special)
-            prompt, rest, hidden = tokens[:end], tokens[end:], 0
+            prompt, rest = tokens[:end], tokens[end:]
         else:
             prompt, rest = np.split(tokens, sample.places[:1])
-            hidden = len(prompt)
         if self.max_length is not None:
             room = self.max_length - len(prompt) - len(connector) - len(rest)
             if room < min(1, len(attempt)):  # an attempt of nothing is one, too
                 return item
             attempt = attempt[:room]
-        inputs, labels = np.concatenate([prompt, attempt, connector, rest]), np.asarray(item["labels"])
+        inputs = np.concatenate([prompt, attempt, connector, rest])
+        made: dict[str, Any] = {**item, "input_ids": _like(item["input_ids"], inputs)}
         if not seq2seq:
-            begin = np.full(hidden + len(attempt) + len(connector), IGNORED)
-            labels = np.concatenate([begin, labels[hidden:]])
-        made: dict[str, Any] = {key: value for key, value in item.items() if key not in _PER_TOKEN}
-        made |= {"input_ids": _like(item["input_ids"], inputs), "labels": _like(item["labels"], labels)}
-        if "attention_mask" in made:
-            made["attention_mask"] = _like(made["attention_mask"], np.ones_like(inputs))
+            labels = np.full(len(inputs), IGNORED)
+            labels[sample.places + len(attempt) + len(connector)] = sample.targets
+            made["labels"] = _like(item["labels"], labels)
+        for name, values in _PER_TOKEN.items():
+            if made.get(name) is not None:
+                made[name] = _like(made[name], values(len(inputs)))
         return made
+
+
+def _check_columns(item: Mapping[str, Any], where: str) -> None:
+    """No other column may have a value for each token: it would not be that of a correction."""
+    known = {"input_ids", "labels", *_PER_TOKEN}
+    for name, values in item.items():
+        each = isinstance(values, (list, np.ndarray)) or (isinstance(values, Tensor) and values.ndim > 0)
+        if name not in known and each and len(values) == len(item["input_ids"]):
+            raise ValueError(
+                f"{where}: its column {name!r} has a value for each token, and a correction other tokens; "
+                f"remove the column."
+            )
 
 
 def _like(given: Any, values: Ints) -> Any:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from samplewise.cuda_ext.checks import choice, integer, share
 from samplewise.cuda_ext.hashing import hash64
@@ -146,7 +147,8 @@ class SelfTokenMixer:
             that each one stands after just the context that it was generated from.
         seed: key of the draws.
         sampler: the loader's sampler, whose epoch the draws follow; without it :meth:`set_epoch` sets the epoch.
-        keep_ids: False: batches have no ``sample_id``, which a model would be given by the HF Trainer.
+        keep_ids: False, for the HF Trainer: batches have no ``sample_id``, which the model would be given, and items
+            without ids, such as evaluation data that are not in ``with_ids``, are collated and left as they are.
 
     Raises:
         TypeError: an argument of another type.
@@ -181,14 +183,14 @@ class SelfTokenMixer:
         self.seed = integer("SelfTokenMixer", "seed", seed, 0)
         self.collate = collate if isinstance(collate, collate_with_ids) else collate_with_ids(collate)
         self.redraw, self.keep_ids = redraw, keep_ids
-        self._follows = sampler is not None
+        self.follows = sampler is not None
         self.shared_epoch = (
             SharedEpoch() if sampler is None else epoch_of("SelfTokenMixer", sampler, buffer.size, "samples")
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw for ``epoch`` from now on. Where a sampler was given its epoch counts, and this does nothing."""
-        if not self._follows:
+        if not self.follows:
             self.shared_epoch.value = integer("SelfTokenMixer.set_epoch", "epoch", epoch, 0)
 
     @property
@@ -207,6 +209,8 @@ class SelfTokenMixer:
 
     def __call__(self, items: Any) -> Any:
         """Collate the items of one batch and mix them."""
+        if not self.keep_ids and isinstance(items, list) and SAMPLE_ID not in items[0]:
+            return (self.collate.collate or default_collate)(items)
         batch = self.mix(self.collate(items))
         if not self.keep_ids:
             del batch[SAMPLE_ID]

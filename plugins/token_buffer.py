@@ -35,9 +35,9 @@ class Sample:
     """A sample's tokens.
 
     Attributes:
-        tokens: int64 (T,), ``input_ids``.
+        tokens: int64 (T,), ``input_ids`` without padding.
         targets: int64 (R,), the tokens of the response, in order.
-        places: int64 (R,), where they are in ``input_ids``; with an encoder and a decoder, in ``labels``.
+        places: int64 (R,), where they are in ``tokens``; with an encoder and a decoder, in ``labels``.
         starts: int64 (D,), where each of the row's documents begins: 0, and where ``position_ids`` begin anew.
     """
 
@@ -52,7 +52,8 @@ def read_sample(item: Any, where: str, *, seq2seq: bool = False) -> Sample:
 
     Args:
         item: ``labels`` are the response's tokens at their own places, not shifted, and -100 elsewhere;
-            ``position_ids``, where there are some, tell the documents of a packed row apart.
+            ``position_ids``, where there are some, tell the documents of a packed row apart, and an ``attention_mask``
+            tells padding, which is left out.
         where: what it is, for errors.
         seq2seq: ``labels`` are the decoder's and need not be as long as ``input_ids``.
 
@@ -64,6 +65,14 @@ def read_sample(item: Any, where: str, *, seq2seq: bool = False) -> Sample:
     if not isinstance(item, Mapping):
         raise TypeError(f"{where}: a mapping with input_ids and labels is needed, not {type(item).__name__}.")
     tokens, labels = (_row(item, name, where) for name in ("input_ids", "labels"))
+    numbers = None if item.get("position_ids") is None else _row(item, "position_ids", where)
+    if item.get("attention_mask") is not None:
+        real = _row(item, "attention_mask", where) != 0
+        if len(real) == len(tokens) == len(labels) and not seq2seq and (labels[~real] == IGNORED).all():
+            labels = labels[real]
+        if len(real) == len(tokens):
+            numbers = numbers[real] if numbers is not None and len(numbers) == len(tokens) else numbers
+            tokens = tokens[real]
     places = np.flatnonzero(labels != IGNORED)
     if seq2seq:
         return Sample(tokens, labels[places], places, np.zeros(1, np.int64))
@@ -73,9 +82,8 @@ def read_sample(item: Any, where: str, *, seq2seq: bool = False) -> Sample:
             f"on the prompt."
         )
     starts = np.zeros(1, np.int64)
-    if item.get("position_ids") is not None:
-        numbers = _row(item, "position_ids", where)
-        starts = np.union1d(starts, np.flatnonzero(numbers == 0)) if len(numbers) == len(tokens) else starts
+    if numbers is not None and len(numbers) == len(tokens):
+        starts = np.union1d(starts, np.flatnonzero(numbers == 0))
     if (labels[starts[starts < len(labels)]] != IGNORED).any():
         raise ValueError(
             f"{where}: its labels hold a document's first token, which nothing predicts: mask the prompt with -100 (in "
@@ -140,7 +148,7 @@ class TokenBuffer:
     :func:`~samplewise.plugins.refresh_self_tokens`.
 
     Args:
-        path: the folder; the first version makes it.
+        path: the folder, of this run alone; the first version makes it.
         data: the training data, before ``with_ids``: items are mappings with ``input_ids`` and ``labels``, see
             :func:`read_sample`. It stays in this process: a copy in a worker has none.
         tokenizer: of transformers. Its special tokens are never replaced and never put in; one without any is fine.
@@ -150,6 +158,7 @@ class TokenBuffer:
         table: the :class:`~samplewise.loaders.Table` under it.
         size: N, the number of samples.
         special: int64, ascending, the tokenizer's special tokens.
+        end: the tokenizer's ``eos_token_id``, None where it has none.
 
     Raises:
         TypeError: an argument of another type.
@@ -166,6 +175,7 @@ class TokenBuffer:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
         self.special: Ints = np.array(sorted(special), dtype=np.int64)
+        self.end: int | None = getattr(tokenizer, "eos_token_id", None)
         ids = np.unique(np.linspace(0, max(0, len(tokenizer) - 1), _PROBES).astype(np.int64)).tolist()
         vocabulary = [*map(str, tokenizer.convert_ids_to_tokens(ids)), str(len(tokenizer)), str(self.special.tolist())]
         self.table = Table(path, fingerprint=corpus_fingerprint(_Tokens(data), vocabulary), keep=keep)
@@ -289,6 +299,8 @@ class Writer:
             epoch: and the epoch.
         """
         arrays = self.arrays
+        if (tokens.lengths > np.diff(arrays["offsets"])[ids]).any():
+            raise ValueError("TokenBuffer: a row is longer than it may be; was it made of the data of all ranks?")
         flat = _flat(arrays["offsets"][ids], tokens.lengths)
         arrays["tokens"][flat] = tokens.values
         bits = np.uint8(1) << (flat & 7).astype(np.uint8)

@@ -73,7 +73,8 @@ class ResponsePlaces:
             row = int((lengths != found).argmax())
             raise ValueError(
                 f"SelfTokenMixer: sample {ids[row]} has {found[row]} response tokens in the batch and {lengths[row]} "
-                f"in the buffer; cut long samples in the data set, not in the collate, and give a buffer of these data."
+                f"in the buffer. The collate must keep the data set's labels, all of them (cut long samples in the "
+                f"data set), and the buffer must be of these data."
             )
         differ = digests(self.targets, self.offsets) != rows.digests
         if differ.any():

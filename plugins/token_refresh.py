@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -28,6 +29,13 @@ from samplewise.plugins.token_writing import Running, Written, model_of, read_sa
 
 Rollout = Literal["parallel", "sequential", "span"]
 _PROBES = 64
+_BENDING = {
+    "bad_words_ids", "eos_token_id", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+    "generation_config", "max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "num_return_sequences", "repetition_penalty", "sequence_bias", "stop_strings", "stopping_criteria",
+    "suppress_tokens",
+}  # fmt: skip
+"""Options of ``generate`` that decide tokens, or when to end."""
 
 
 class RefreshOptions(TypedDict, total=False):
@@ -87,8 +95,14 @@ def refresh_self_tokens(
         raise TypeError(f"{owner}(mixer={type(mixer).__name__}): a SelfTokenMixer is needed.")
     settings, running = refresh_settings(owner, options)
     notes = check_rollout(owner, rollout, passes, span, settings)
-    epoch = mixer.epoch if epoch is None else integer(owner, "epoch", epoch, 0)
+    given, epoch = epoch, mixer.epoch if epoch is None else integer(owner, "epoch", epoch, 0)
     beta, special = mixer.beta(epoch), mixer.buffer.special
+    if given is None and beta == epoch == 0 and mixer.buffer.version:
+        warnings.warn(
+            f"{owner}: this is another refresh for epoch 0, in which nothing is replaced: give the mixer the loader's "
+            f"sampler, or call mixer.set_epoch(epoch).",
+            stacklevel=2,
+        )
 
     def write(inner: Any, ids: Ints, samples: Sequence[Sample]) -> Written:
         targets = Ragged.from_lists([sample.targets for sample in samples])
@@ -132,9 +146,10 @@ def refresh_attempts(
 ) -> dict[str, float]:
     """Write the next version of a correction data set's attempts: what the model answers to the prompts, by itself.
 
-    An attempt ends before the model's first special token. See :func:`refresh_self_tokens`, which also says how it
-    leaves the model and what ``options`` there are; ``budget`` counts ``max_new_tokens`` for each sample, and
-    ``generate`` holds more options of ``model.generate``, an assistant model or beams for example.
+    An attempt ends where the model ends it, or before a special token; special tokens that it begins with are left
+    out. The model's own settings of ``generate`` apply, but for sampling. See :func:`refresh_self_tokens`, which also
+    says how it leaves the model and what ``options`` there are; ``budget`` counts ``max_new_tokens`` for each sample,
+    and ``generate`` holds more options of ``model.generate``, an assistant model or beams for example.
 
     Args:
         model: of transformers.
@@ -159,15 +174,20 @@ def refresh_attempts(
     most = integer(owner, "max_new_tokens", max_new_tokens, 1)
     epoch = corrections.epoch if epoch is None else integer(owner, "epoch", epoch, 0)
     special, size = corrections.buffer.special, corrections.buffer.size
-    if not len(special):
-        raise ValueError(f"{owner}: the tokenizer has no special token, so that no attempt ends; set its eos_token.")
+    ends = np.array(sorted(_ends(model, corrections.buffer.end)), dtype=np.int64)
+    if not len(ends):
+        raise ValueError(
+            f"{owner}: the tokenizer has no end-of-text token, so that no attempt ends; set its eos_token."
+        )
 
     def write(inner: Any, ids: Ints, samples: Sequence[Sample]) -> Written:
         prompts = [_prompt(owner, sample, row, inner) for row, sample in zip(ids.tolist(), samples, strict=True)]
         drawn = lots(ids, np.full(len(ids), most), derive(corrections.seed, epoch, "attempts")).reshape(-1, most)
         answers: list[Ints] = [np.zeros(0, np.int64)] * len(prompts)
         for rows in _by_length([len(prompt) for prompt in prompts], settings["batch_size"]):
-            given: dict[str, Any] = {"most": most, "ends": special, "temperature": settings["temperature"]}
+            given: dict[str, Any] = {"most": most, "special": special, "temperature": settings["temperature"]}
+            last = [sample.targets[-1] for sample in samples]  # a chat's turns may end otherwise than its text
+            given["ends"] = np.union1d(ends, np.intersect1d(last, special))
             part = [prompts[row] for row in rows], [drawn[row] for row in rows]
             for row, answer in zip(
                 rows, written_answers(inner, *part, **given, options=settings["generate"]), strict=True
@@ -247,6 +267,11 @@ def check_rollout(owner: str, rollout: Rollout, passes: int, span: int, settings
     span = integer(owner, "span", span, 1, what="the tokens that are replaced together")
     if passes > 1 and rollout != "parallel":
         raise ValueError(f"{owner}(passes={passes}, rollout={rollout!r}): passes are of the parallel rollout.")
+    if bent := sorted(set(settings["generate"]) & _BENDING):
+        raise ValueError(
+            f"{owner}(generate={{{bent[0]!r}: ...}}): own tokens are the model's at each place; leave out what ends "
+            f"generation or bends it."
+        )
     if settings["generate"] and rollout == "parallel":
         raise ValueError(f"{owner}(generate=...): the parallel rollout does not generate; give rollout='sequential'.")
     return {"rollout": rollout, "passes": passes, "span": span if rollout == "span" else 1}
@@ -270,6 +295,10 @@ def refresh_settings(owner: str, options: Mapping[str, Any]) -> tuple[dict[str, 
         raise TypeError(f"{owner}(ledger={type(ledger).__name__}): a Ledger is needed: sampler.ledger.")
     if budget is not None:
         integer(owner, "budget", budget, 1, what="the most tokens that are refreshed")
+    if temperature > 0 and "num_beams" in generate:
+        raise ValueError(
+            f"{owner}(temperature={temperature:g}): beams are searched without one; leave out one of them."
+        )
     if "assistant_model" in generate or "prompt_lookup_num_tokens" in generate:
         batch_size = 1  # all that transformers can do with them
     settings = {"temperature": temperature, "batch_size": batch_size, "generate": generate}
@@ -307,6 +336,13 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Batches of rows of like length, the longest first, so that what does not fit into memory shows at once."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
+
+
+def _ends(model: Any, end: int | None) -> set[int]:
+    """The tokens that end a text, the tokenizer's and those of the model's generation config."""
+    own = getattr(getattr(model_of(model), "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return {int(token) for token in (end, *listed) if token is not None}
 
 
 def _prompt(owner: str, sample: Sample, row: int, model: Any) -> Ints:

@@ -62,7 +62,8 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in inner.modules()]
     devices = {parameter.device.index for parameter in inner.parameters() if parameter.device.type == "cuda"}
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  (they are put back, not used)
-    inner.eval()
+    for module, _ in modes:  # not by eval(): what a module of the user's does in it would not be undone
+        module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
             yield inner
@@ -178,9 +179,20 @@ def _padded(rows: Sequence[Ints], device: Any) -> dict[str, Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
+def _layers(model: Any) -> list[Any]:
+    """The model and what it wraps: torch.compile's and peft's wrappers, the model of transformers last."""
+    layers = [model]
+    while True:
+        if "_orig_mod" in layers[-1]._modules:
+            layers.append(layers[-1]._orig_mod)
+        elif hasattr(layers[-1], "get_base_model") and layers[-1].get_base_model() is not layers[-1]:
+            layers.append(layers[-1].get_base_model())
+        else:
+            return layers
+
+
 def _takes(model: Any, name: str) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(base.forward).parameters
+    return name in inspect.signature(_layers(model)[-1].forward).parameters
 
 
 def _decoder_start(model: Any) -> int:
@@ -261,7 +273,13 @@ def sequential_tokens(
     with _own_decisions(model, decoder):
         model.generate(**inputs, max_new_tokens=steps, do_sample=False, logits_processor=[writing], **(options or {}))
     own = writing.own.cpu().numpy()
-    return [own[row, places] for row, places in enumerate(inside)]
+    found = [own[row, places] for row, places in enumerate(inside)]
+    if any((tokens == NEVER).any() for tokens in found):
+        raise ValueError(
+            "self-generated tokens: generate() ended before the responses did; nothing was written. Leave out what "
+            "ends it: stopping criteria, a time limit, eos_token_id."
+        )
+    return found
 
 
 def _padded_left(rows: Sequence[Ints], device: Any) -> dict[str, Tensor]:
@@ -278,12 +296,7 @@ def _own_decisions(model: Any, decoder: bool) -> Iterator[None]:
     """Without the model's own settings of ``generate``: nothing ends a row early or bends its logits."""
     generation = optional_import("refresh_self_tokens", "transformers", "hf").GenerationConfig
     plain = generation(pad_token_id=0, decoder_start_token_id=_decoder_start(model) if decoder else None)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's models may have one, too
-    given = [
-        (holder, holder.generation_config)
-        for holder in {id(m): m for m in (base, model)}.values()
-        if "generation_config" in vars(holder)
-    ]
+    given = [(holder, holder.generation_config) for holder in _layers(model) if "generation_config" in vars(holder)]
     for holder, _ in given:
         holder.generation_config = plain
     try:
@@ -300,17 +313,21 @@ def written_answers(
     *,
     most: int,
     ends: Ints,
+    special: Ints,
     temperature: float = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> list[Ints]:
-    """What the model writes after prompts, until it ends by itself: int64 (A,) each, without the end, A <= most.
+    """What the model writes after prompts, until it ends by itself: int64 (A,) each, A <= most, no special tokens.
+
+    Those that it begins with, as some decoders do, are left out, and so is all from the next one on.
 
     Args:
         model: of transformers, in evaluation mode.
         prompts: int64 (P,) each.
         lots: float64 (most,) each, what each token is sampled with.
         most: tokens at the most.
-        ends: int64 (E,), the tokens that end an answer, at least one.
+        ends: int64 (E,), the tokens that end generation, at least one.
+        special: int64, the special tokens, with these.
         temperature: see :func:`choose`.
         options: more for ``generate``.
     """
@@ -323,9 +340,18 @@ def written_answers(
         free = torch.ones(count, dtype=torch.bool, device=model.device)
         drawn = torch.from_numpy(np.stack(lots))
         none = torch.empty(0, dtype=torch.int64, device=model.device)
+        given["num_beams"] = 1
         given["logits_processor"] = [_Writing(begin, free.long(), free, drawn, none, temperature)]
     settings = {"max_new_tokens": most, "do_sample": False, "eos_token_id": ends.tolist(), "pad_token_id": int(ends[0])}
     found = model.generate(**inputs, **{**settings, **given})
     found = found[:, 1 if decoder else inputs["input_ids"].shape[1] :].cpu().numpy()
-    ended = np.isin(found, ends)
-    return [row[: int(end.argmax())] if end.any() else row for row, end in zip(found, ended, strict=True)]
+    return [_answer(row, ends, special) for row in found]
+
+
+def _answer(tokens: Ints, ends: Ints, special: Ints) -> Ints:
+    ended, kept = np.isin(tokens, ends), ~np.isin(tokens, special)
+    if ended.any():
+        tokens, kept = tokens[: ended.argmax()], kept[: ended.argmax()]
+    begin = int(kept.argmax()) if kept.any() else len(kept)
+    rest = kept[begin:]
+    return tokens[begin:] if rest.all() else tokens[begin : begin + int(rest.argmin())]

@@ -187,12 +187,18 @@ def model_of(model: Any) -> Any:
 
     Raises:
         TypeError: no model of transformers.
+        ValueError: one with peft's prompt tuning.
     """
     inner = getattr(model, "module", model) if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     if not (isinstance(inner, torch.nn.Module) and hasattr(inner, "generate") and hasattr(inner, "config")):
         raise TypeError(
             f"model={type(inner).__name__}: a language model of transformers is needed, with generate() and config; "
             f"of a LightningModule give the model in it."
+        )
+    if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "model: peft's prompt and prefix tuning put tokens of their own before the text, whose places they shift; "
+            "use another adapter, such as LoRA."
         )
     return inner
 

@@ -79,7 +79,7 @@ def score(
             hits.append(found[1])
             cuts = [int((item["labels"] != IGNORED).int().argmax()) for item in items]
             prompts = [item["input_ids"][:cut].numpy() for item, cut in zip(items, cuts, strict=True)]
-            written = written_answers(model, prompts, [], most=most, ends=ends)
+            written = written_answers(model, prompts, [], most=most, ends=ends, special=ends)
             answers += written
             mixed = []
             for item, cut, answer in zip(items, cuts, written, strict=True):

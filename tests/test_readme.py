@@ -36,8 +36,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_nine_examples():
-    assert len(BLOCKS) == 9
+def test_there_are_the_eleven_examples():
+    assert len(BLOCKS) == 11
 
 
 def test_plain_loop_and_lightning(names):
@@ -101,15 +101,24 @@ def test_the_models_own_tokens(names):
     names |= {"language_model": model, "tokenizer": tokenizer, "data": data, "pad": pad_left}
     names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     exec(BLOCKS[6], names)
-    assert names["buffer"].version == 3
+    assert names["buffer"].version == 2  # nothing is replaced in the first epoch
     assert names["sampler"].ledger.seen.all()
+    names["module"] = torch.nn.Module()
+    names["module"].model = model
     exec(BLOCKS[7], names)
+    assert names["trainer"].max_epochs == 3
+    names["mixer"].set_epoch(0)
+    exec(BLOCKS[8], names)
+    names["trainer"].train()
+    assert names["mixer"].epoch == 2
+    assert names["buffer"].version >= 4
+    exec(BLOCKS[9], names)
     assert names["attempts"].version == 1
     labels = next(iter(names["loader"]))["labels"]
     assert labels.shape[1] > 20  # a request is in some rows
 
 
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[8])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[10])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5

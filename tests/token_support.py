@@ -171,3 +171,14 @@ def random_states() -> list[bytes]:
 def tolerance(p: float, count: int) -> float:
     """Five standard errors of a share: passed by chance alone in all but one of 1.7 million cases."""
     return 5 * (p * (1 - p) / count) ** 0.5
+
+
+def padded(one: dict[str, torch.Tensor], length: int, side: str) -> dict[str, torch.Tensor]:
+    """A sample as data sets that pad to a length have it, with an attention mask."""
+    rows = {**one, "attention_mask": torch.ones_like(one["labels"])}
+    fills = {"input_ids": END, "labels": -100, "attention_mask": 0}
+    made = {}
+    for name, values in rows.items():
+        filling = torch.full((length - len(values),), fills[name])
+        made[name] = torch.cat([filling, values] if side == "left" else [values, filling])
+    return made

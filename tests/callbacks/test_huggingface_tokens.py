@@ -11,7 +11,7 @@ from language_support import byte_tokenizer
 
 from samplewise.callbacks.huggingface_tokens import STATE_FILE, RefreshSelfTokens
 from samplewise.loaders import with_ids
-from samplewise.plugins import BetaSchedule, CorrectionDataset, SelfTokenMixer, TokenBuffer
+from samplewise.plugins import BetaSchedule, CorrectionDataset, SelfTokenMixer, TokenBuffer, Uniform
 from samplewise.recipes.responses import pad_left
 from samplewise.recipes.text_pairs import Pair, TokenizedPairs
 
@@ -242,6 +242,35 @@ def test_the_trainers_precision_applies(tmp_path):
     arguments = {"save_strategy": "no", "bf16": True, "max_steps": 2}
     run = Run(tmp_path / "out", tmp_path / "table", arguments=arguments)
     assert {mode for mode in run.autocast if not mode[0]} == {(False, True)}
+
+
+def test_evaluation_data_without_ids_are_not_mixed(tmp_path):
+    run = Run(tmp_path / "out", tmp_path / "table", arguments={"save_strategy": "no"})
+    rows = [DATA[row] for row in range(BATCH)]
+    plain = pad_left(rows)
+    loss = run.trainer.evaluate(rows)["eval_loss"]
+    with torch.no_grad():
+        expected = run.model.eval()(**{name: plain[name] for name in ("input_ids", "labels", "attention_mask")}).loss
+    assert loss == pytest.approx(float(expected), rel=1e-3)
+    with pytest.raises(ValueError, match=r"is not the one that the buffer|response tokens in the batch"):
+        run.trainer.evaluate(with_ids([DATA[row] for row in range(4, 8)]))
+
+
+def test_what_would_leave_the_epoch_at_zero_or_the_ids_out(tmp_path):
+    buffer = TokenBuffer(tmp_path / "table", DATA, TOKENIZER)
+    for sampler, data, message in (
+        (Uniform(len(DATA)), with_ids(DATA), "leave sampler out"),
+        (None, DATA, r"Trainer\(train_dataset=with_ids\(data\)\)"),
+    ):
+        mixer = SelfTokenMixer(buffer, beta=0.5, collate=pad_left, keep_ids=False, sampler=sampler)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, remove_unused_columns=False, report_to=[], disable_tqdm=True
+        )
+        callbacks = [RefreshSelfTokens(mixer, every_n_epochs=1)]
+        given = {"data_collator": mixer, "train_dataset": data, "callbacks": callbacks}
+        with pytest.raises(ValueError, match=message):
+            transformers.Trainer(llama(), arguments, **given).train()
+    assert buffer.version == 0
 
 
 def test_wrong_settings(tmp_path):

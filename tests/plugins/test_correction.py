@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from language_support import byte_tokenizer
-from token_support import BOS, END, TOKENIZER, encoded, item, random_states, tolerance
+from token_support import BOS, END, TOKENIZER, encoded, item, padded, random_states, tolerance
 from torch.utils.data import DataLoader
 
 from samplewise.loaders import collate_with_ids, with_ids
@@ -118,10 +118,26 @@ def test_other_columns(tmp_path):
     ]  # fmt: skip
     corrections = CorrectionDataset(attempts_of(tmp_path, data), CONNECTOR, correct_share=1)
     made = corrections[0]
-    assert set(made) == {"input_ids", "labels", "attention_mask", "weight"}
+    assert set(made) == set(corrections[1]) == set(data[0])
     assert made["attention_mask"].tolist() == [1] * 10
+    assert made["position_ids"].tolist() == list(range(10))
+    assert made["token_type_ids"].tolist() == [0] * 10
     assert made["weight"] == 0.5
-    assert set(data[0]) == set(corrections[1]) == {*made, "position_ids", "token_type_ids"}
+
+
+def test_a_column_for_each_token_would_be_of_other_tokens(tmp_path):
+    data = [{**one, "loss_mask": torch.ones_like(one["labels"])} for one in DATA]
+    with pytest.raises(ValueError, match="its column 'loss_mask' has a value for each token"):
+        CorrectionDataset(attempts_of(tmp_path, data), CONNECTOR, correct_share=1)[0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_the_data_set_is_left_out(tmp_path, side):
+    data = [padded(one, 20, side) for one in DATA]
+    corrections = CorrectionDataset(attempts_of(tmp_path, data), CONNECTOR, correct_share=1, max_length=14)
+    for row in (0, 4):
+        assert text(corrections[row]) == EDITED[row]
+        assert corrections[row]["attention_mask"].tolist() == [1] * len(EDITED[row][0])
 
 
 def test_data_of_lists_stay_lists(tmp_path):

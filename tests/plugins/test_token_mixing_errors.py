@@ -124,7 +124,9 @@ def shorter(items):
 
 @pytest.mark.parametrize("collate", [longer, shorter])
 def test_collates_that_append_or_cut(buffer, collate):
-    with pytest.raises(ValueError, match=r"sample 0 has \d+ response tokens in the batch and 4 in the buffer; cut"):
+    with pytest.raises(
+        ValueError, match=r"sample 0 has \d+ response tokens in the batch and 4 in the buffer. The collate"
+    ):
         SelfTokenMixer(buffer, beta=0.5, collate=collate)(ITEMS)
 
 

@@ -12,6 +12,7 @@ from token_support import (
     TOKENIZER,
     item,
     llama,
+    padded,
     random_states,
     seq2seq_data,
     t5,
@@ -349,3 +350,14 @@ def test_nothing_of_the_model_or_the_generators_is_changed(tmp_path):
     assert random_states() == states
     assert str(model.state_dict()) == weights
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rollout", ["parallel", "sequential"])
+def test_padding_of_the_data_set_changes_nothing(tmp_path, side, rollout):
+    rows = []
+    for name, data in (("plain", DATA), ("padded", [padded(one, 40, side) for one in DATA])):
+        mixer = SelfTokenMixer(TokenBuffer(tmp_path / name, data, TOKENIZER), beta=0.5)
+        refresh_self_tokens(llama(), mixer, rollout=rollout, progress=False)
+        rows.append(mixer.buffer.take(np.arange(len(data))))
+    np.testing.assert_array_equal(rows[0].tokens.values, rows[1].tokens.values)

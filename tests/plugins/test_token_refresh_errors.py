@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from token_support import DATA, SPECIAL, TOKENIZER, item, llama, random_states
+from token_support import BOS, DATA, END, TOKENIZER, item, llama, random_states
 
 from samplewise.cuda_ext import Ledger
 from samplewise.plugins import (
+    BetaSchedule,
     CorrectionDataset,
     SelfTokenMixer,
     TokenBuffer,
@@ -70,7 +71,9 @@ def contents(buffer, kind="tokens"):
         ({"passes": 2, "rollout": "sequential"}, ValueError, "passes are of the parallel rollout"),
         ({"passes": 2, "rollout": "span"}, ValueError, "passes are of the parallel rollout"),
         ({"span": 0}, ValueError, "span"),
-        ({"generate": {"num_beams": 1}}, ValueError, "does not generate; give rollout='sequential'"),
+        ({"generate": {"use_cache": True}}, ValueError, "does not generate; give rollout='sequential'"),
+        ({"generate": {"num_beams": 2}, "rollout": "sequential"}, ValueError, "'num_beams': ....*: own tokens are the"),
+        ({"generate": {"max_time": 1.0}, "rollout": "span"}, ValueError, "leave out what ends generation or bends it"),
         ({"generate": {"do_sample": True}, "rollout": "sequential"}, ValueError, "'do_sample': ....*: that is decided"),
         ({"generate": {"temperature": 1.0}, "rollout": "sequential"}, ValueError, "temperature=0.8 draws tokens"),
         ({"generate": {"max_new_tokens": 3}, "rollout": "span"}, ValueError, "max_new_tokens"),
@@ -173,15 +176,34 @@ def test_one_folder_is_not_for_tokens_and_for_attempts(tmp_path):
         refresh_self_tokens(llama(), mixer_of(tmp_path / "attempts", SINGLE), progress=False)
 
 
+def test_prompt_tuning_is_refused(tmp_path):
+    import peft
+
+    tuned = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="use another adapter, such as LoRA"):
+        refresh_self_tokens(tuned, mixer_of(tmp_path), progress=False)
+
+
+def test_another_refresh_for_the_first_epoch_is_told(tmp_path):
+    mixer = SelfTokenMixer(mixer_of(tmp_path).buffer, beta=BetaSchedule(0.5, epochs=3))
+    refresh_self_tokens(llama(), mixer, progress=False)
+    with pytest.warns(UserWarning, match=r"call mixer.set_epoch\(epoch\)"):
+        refresh_self_tokens(llama(), mixer, progress=False)
+    mixer.set_epoch(1)
+    refresh_self_tokens(llama(), mixer, progress=False)
+
+
 # --- attempts ---------------------------------------------------------------------------------------------------------
 
 
 def generated(model, one, most, **given):
     prompt = one["input_ids"][one["labels"] == -100][None]
-    given = {"max_new_tokens": most, "do_sample": False, "eos_token_id": SPECIAL.tolist(), **given}
-    row = model.generate(prompt, attention_mask=torch.ones_like(prompt), **given)[0, prompt.shape[1] :].numpy()
-    ends = np.isin(row, SPECIAL)
-    return row[: ends.argmax()] if ends.any() else row
+    given = {"max_new_tokens": most, "do_sample": False, "eos_token_id": END, "pad_token_id": END, **given}
+    row = model.generate(prompt, attention_mask=torch.ones_like(prompt), **given)[0, prompt.shape[1] :].tolist()
+    row = row[: row.index(END)] if END in row else row
+    while row and row[0] == BOS:
+        row = row[1:]
+    return row[: row.index(BOS)] if BOS in row else row
 
 
 @pytest.mark.parametrize("given", [{}, {"num_beams": 3}, {"repetition_penalty": 3.0}])
@@ -208,7 +230,7 @@ def test_attempts_are_what_generate_writes(tmp_path, given):
 def test_attempts_that_are_the_reference(tmp_path):
     data = []
     for row in range(4):
-        answer = generated(llama(), item([40 + row, 3], [0]), 6).tolist()
+        answer = generated(llama(), item([40 + row, 3], [0]), 6)
         data.append(item([40 + row, 3], [*answer, 257] if row != 1 else [9, *answer]))
     corrections = corrections_of(tmp_path, data)
     assert refresh_attempts(llama(), corrections, max_new_tokens=6, progress=False)["agreement"] == 0.75
@@ -255,10 +277,14 @@ def test_what_attempts_refuse(tmp_path):
     with pytest.raises(ValueError, match="refresh_attempts: sample 5 must have one response, in one piece"):
         refresh_attempts(model, corrections_of(tmp_path / "turns", DATA), max_new_tokens=3, progress=False)
     endless = CorrectionDataset(TokenBuffer(tmp_path / "endless", SINGLE, Endless()), [10])
-    with pytest.raises(ValueError, match="no special token, so that no attempt ends; set its eos_token"):
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="no end-of-text token, so that no attempt ends; set its eos_token"):
         refresh_attempts(model, endless, progress=False)
+    model = llama()
     corrections = corrections_of(tmp_path / "more")
     refresh_attempts(model, corrections, max_new_tokens=3, progress=False)
+    with pytest.raises(ValueError, match=r"temperature=1\): beams are searched without one"):
+        refresh_attempts(model, corrections, max_new_tokens=3, temperature=1.0, generate={"num_beams": 2})
     with pytest.raises(ValueError, match=r"refresh_attempts\(max_new_tokens=4\): the buffer's rows hold 3 tokens"):
         refresh_attempts(model, corrections, max_new_tokens=4, progress=False)
 

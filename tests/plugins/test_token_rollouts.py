@@ -3,22 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from token_support import (
-    BOS,
-    DATA,
-    END,
-    SPECIAL,
-    decoded,
-    llama,
-    random_states,
-    seq2seq_data,
-    t5,
-    teacher_forced,
-)
+from token_support import BOS, DATA, END, SPECIAL, decoded, llama, random_states, seq2seq_data, t5, teacher_forced
 
 from samplewise.plugins.token_buffer import read_sample
 from samplewise.plugins.token_rollouts import (
     Job,
+    _answer,
     allowed,
     parallel_tokens,
     sequential_tokens,
@@ -316,7 +306,7 @@ def test_a_model_of_peft(task, penalty):
 def test_answers_end_before_the_first_end():
     model = llama()
     prompts = [job.tokens[: job.places[0]] for job in jobs_of(FULL, 0)]
-    found = written_answers(model, prompts, [], most=12, ends=SPECIAL)
+    found = written_answers(model, prompts, [], most=12, ends=SPECIAL, special=SPECIAL)
     for prompt, answer in zip(prompts, found, strict=True):
         tokens, expected = prompt, []
         while len(expected) < 12:
@@ -328,3 +318,52 @@ def test_answers_end_before_the_first_end():
         assert answer.tolist() == expected
     lengths = [len(answer) for answer in found]
     assert min(lengths) < 12 == max(lengths)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answer"),
+    [
+        ([1, 2, END, 3], [1, 2]),
+        ([BOS, 1, 2, END], [1, 2]),  # as decoders begin whose first token is forced
+        ([BOS, BOS, 1, BOS, 2], [1]),
+        ([END, 1], []),
+        ([BOS, END, 1], []),
+        ([BOS], []),
+        ([1, 2], [1, 2]),
+        ([], []),
+    ],
+)
+def test_answers_are_without_special_tokens(tokens, answer):
+    assert _answer(np.array(tokens, np.int64), np.array([END]), SPECIAL).tolist() == answer
+
+
+def test_generation_that_ends_early_is_no_row_of_tokens():
+    with pytest.raises(ValueError, match="ended before the responses did"):
+        sequential_tokens(llama(), jobs_of(FULL, 1), special=SPECIAL, options={"max_time": 1e-9})
+
+
+def test_a_compiled_model_is_not_bent_by_its_settings():
+    model = llama()
+    model.generation_config.repetition_penalty = 9.0
+    compiled = torch.compile(model, backend="eager")
+    for found, expected in zip(
+        sequential_tokens(compiled, jobs_of(FULL, 1), special=SPECIAL),
+        sequential_tokens(llama(), jobs_of(FULL, 1), special=SPECIAL),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert model.generation_config.repetition_penalty == 9.0
+
+
+def test_what_modules_do_when_modes_change_is_not_done():
+    class Merges(torch.nn.Linear):
+        def train(self, mode=True):
+            self.weight.data += 1
+            return super().train(mode)
+
+    model = torch.nn.Sequential(Merges(2, 2))
+    before = model[0].weight.clone()
+    with undisturbed(model):
+        assert not model[0].training
+    assert model[0].training
+    assert torch.equal(model[0].weight, before)
