@@ -114,6 +114,15 @@ def settings_table(results: Row) -> Table:
     )
 
 
+def finite(value: Any) -> Any:
+    """Results with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One line a row, under the keys of the first one."""
     with path.open("w", newline="") as file:

@@ -11,7 +11,17 @@ from rich.console import Console
 
 from samplewise.callbacks.figures import Line, dots, histogram, lines, scatter
 from samplewise.callbacks.page import Page, Picture, Section, Table
-from samplewise.recipes.common import environment, judged, paired, print_end, print_table, sd, settings_table, write_csv
+from samplewise.recipes.common import (
+    environment,
+    finite,
+    judged,
+    paired,
+    print_end,
+    print_table,
+    sd,
+    settings_table,
+    write_csv,
+)
 from samplewise.recipes.quant_arms import ARMS, Arm
 
 if TYPE_CHECKING:
@@ -145,7 +155,7 @@ def write_results(
     }  # fmt: skip
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(_finite(results), indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(finite(results), indent=1) + "\n")
     write_csv(out / "summary.csv", rows)
     write_csv(out / "runs.csv", results["runs"])
     if comparison.search is not None:
@@ -155,15 +165,6 @@ def write_results(
     print_table(console, _TIMES, [_time_cells(row) for row in spent])
     print_end(console, results["findings"], f"{seconds:.0f} s in all. Report: {page.resolve()}")
     return results
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _search(comparison: "Comparison", options: "QuantOptions") -> dict[str, Any] | None:

@@ -11,7 +11,17 @@ from rich.console import Console
 
 from samplewise.callbacks.figures import Line, dots, lines
 from samplewise.callbacks.page import Page, Picture, Section, Table
-from samplewise.recipes.common import environment, judged, paired, print_end, print_table, sd, settings_table, write_csv
+from samplewise.recipes.common import (
+    environment,
+    finite,
+    judged,
+    paired,
+    print_end,
+    print_table,
+    sd,
+    settings_table,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     from samplewise.recipes.self_tokens import SelfTokensOptions
@@ -121,7 +131,7 @@ def write_results(
     }
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(_finite(results), indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(finite(results), indent=1) + "\n")
     for name in ("summary", "runs", "places"):
         write_csv(out / f"{name}.csv", results[name])
     page = report_page(results, runs).write(out / "report.html")
@@ -142,15 +152,6 @@ def answers(runs: Sequence["Run"], comparison: "Comparison") -> list[dict[str, s
         }
         for number, pair in enumerate(comparison.shown[:SHOWN])
     ]
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 _HEADER = ["arm", "perplexity", "right, ref.", "right, own", "excess", "loss, own", "ROUGE-L", "exact", "repeated"]
