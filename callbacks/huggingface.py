@@ -106,7 +106,7 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
                 )
                 self.schedule.reset(0)
             return
-        file = _checkpoint(self.given, args, state) / STATE_FILE
+        file = checkpoint_of(self.given, args, state) / STATE_FILE
         if file.is_file():
             self.schedule.load_state_dict(json.loads(file.read_text()))
         elif self.schedule.step != state.global_step:
@@ -139,14 +139,19 @@ class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
     @override
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if rank() == 0:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{STATE_FILE}"
-            temporary.write_text(json.dumps(self.schedule.state_dict()))
-            temporary.replace(folder / STATE_FILE)
+            write_state(args, state, STATE_FILE, self.schedule.state_dict())
 
 
-def _checkpoint(given: Any, args: Any, state: Any) -> Path:
+def write_state(args: Any, state: Any, name: str, content: dict[str, Any]) -> None:
+    """Put a file of JSON into the checkpoint that is being saved."""
+    folder = checkpoint_of(None, args, state)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(folder / name)
+
+
+def checkpoint_of(given: Any, args: Any, state: Any) -> Path:
     """The folder that training is resumed from: the one that was given, or the output folder's of that step."""
     if isinstance(given, str | PathLike):
         return Path(given)

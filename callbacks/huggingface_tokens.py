@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack, override
 
-from samplewise.callbacks.huggingface import _checkpoint, transformers
+from samplewise.callbacks.huggingface import checkpoint_of, transformers, write_state
 from samplewise.callbacks.refreshing import Figures, Refresher, Target, TokenOptions
 from samplewise.cuda_ext.ranks import rank
 from samplewise.loaders.ids import SAMPLE_ID
@@ -123,7 +122,7 @@ class RefreshSelfTokens(transformers.TrainerCallback):  # type: ignore[misc]
             self._load(args, state)
 
     def _load(self, args: Any, state: Any) -> None:
-        files = [_checkpoint(given, args, state) / STATE_FILE for given in (args.resume_from_checkpoint, None)]
+        files = [checkpoint_of(given, args, state) / STATE_FILE for given in (args.resume_from_checkpoint, None)]
         for file in files:
             saved = json.loads(file.read_text()) if file.is_file() else {"step": None}
             if saved["step"] == state.global_step:
@@ -154,11 +153,7 @@ class RefreshSelfTokens(transformers.TrainerCallback):  # type: ignore[misc]
     @override
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if rank() == 0:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{STATE_FILE}"
-            temporary.write_text(json.dumps(self.refresher.state_dict()))
-            temporary.replace(folder / STATE_FILE)
+            write_state(args, state, STATE_FILE, self.refresher.state_dict())
 
     def _model(self, given: dict[str, Any]) -> Any:
         return given["model"] if self.model is None else self.model

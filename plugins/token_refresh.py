@@ -165,7 +165,7 @@ def refresh_attempts(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an argument outside its range, a tokenizer without special tokens, samples with several responses.
+        ValueError: an argument outside its range, no end-of-text token, samples with several responses.
     """
     owner = "refresh_attempts"
     if not isinstance(corrections, CorrectionDataset):
@@ -184,10 +184,10 @@ def refresh_attempts(
         prompts = [_prompt(owner, sample, row, inner) for row, sample in zip(ids.tolist(), samples, strict=True)]
         drawn = lots(ids, np.full(len(ids), most), derive(corrections.seed, epoch, "attempts")).reshape(-1, most)
         answers: list[Ints] = [np.zeros(0, np.int64)] * len(prompts)
+        given: dict[str, Any] = {"most": most, "special": special, "temperature": settings["temperature"]}
+        last = [sample.targets[-1] for sample in samples]  # a chat's turns may end otherwise than its text
+        given["ends"] = np.union1d(ends, np.intersect1d(last, special))
         for rows in _by_length([len(prompt) for prompt in prompts], settings["batch_size"]):
-            given: dict[str, Any] = {"most": most, "special": special, "temperature": settings["temperature"]}
-            last = [sample.targets[-1] for sample in samples]  # a chat's turns may end otherwise than its text
-            given["ends"] = np.union1d(ends, np.intersect1d(last, special))
             part = [prompts[row] for row in rows], [drawn[row] for row in rows]
             for row, answer in zip(
                 rows, written_answers(inner, *part, **given, options=settings["generate"]), strict=True
