@@ -126,17 +126,14 @@ class Rows:
         replaced: bool (M,), where they stood in the context that they were generated from.
         digests: uint64 (B,), of each row's reference tokens.
         versions: int32 (B,), in which each row was generated; 0: not yet.
-        betas: float32 (B,), the share of replaced tokens that they were generated with.
-        epochs: int32 (B,), and the epoch.
-        meta: the version's notes.
+        meta: the version's notes; ``meta["settings"][str(version)]`` are those of the version that a row is of, with
+            ``beta``, the share of replaced tokens, and ``epoch``.
     """
 
     tokens: Ragged
     replaced: Bools
     digests: NDArray[np.uint64]
     versions: NDArray[np.int32]
-    betas: NDArray[np.float32]
-    epochs: NDArray[np.int32]
     meta: dict[str, Any]
 
 
@@ -214,12 +211,10 @@ class TokenBuffer:
         arrays = version.arrays
         offsets = np.concatenate(([0], np.cumsum(arrays["lengths"][ids], dtype=np.int64))).astype(np.int64)
         flat = _flat(arrays["offsets"][ids], np.diff(offsets))
-        digest, versions, betas, epochs = (
-            np.asarray(arrays[name][ids]) for name in ("digests", "versions", "betas", "epochs")
-        )
+        digest, versions = np.asarray(arrays["digests"][ids]), np.asarray(arrays["versions"][ids])
         replaced = (arrays["replaced"][flat >> 3] >> (flat & 7).astype(np.uint8)) & 1 == 1
         tokens = Ragged(np.asarray(arrays["tokens"][flat]), offsets)
-        return Rows(tokens, replaced, digest, versions, betas, epochs, version.meta)
+        return Rows(tokens, replaced, digest, versions, version.meta)
 
     def check_kind(self, meta: Mapping[str, Any], kind: str) -> None:
         """Check that a version holds what is asked for.
@@ -262,7 +257,6 @@ class TokenBuffer:
             "tokens": ((max(1, total),), np.int32), "replaced": ((total // 8 + 1,), np.uint8),
             "offsets": ((self.size + 1,), np.int64), "lengths": ((self.size,), np.int32),
             "digests": ((self.size,), np.uint64), "versions": ((self.size,), np.int32),
-            "betas": ((self.size,), np.float32), "epochs": ((self.size,), np.int32),
         }  # fmt: skip
         if before is not None:
             self._check(before)
@@ -288,15 +282,13 @@ class Writer:
     arrays: dict[str, Any]
     version: int
 
-    def put(self, ids: Ints, tokens: Ragged, replaced: Bools | None = None, *, beta: float, epoch: int) -> None:
+    def put(self, ids: Ints, tokens: Ragged, replaced: Bools | None = None) -> None:
         """Write some rows, as of this version.
 
         Args:
             ids: int64 (B,), distinct.
             tokens: a row each.
             replaced: bool (M,), see :class:`Rows`; None: nowhere.
-            beta: the share of replaced tokens that they were generated with.
-            epoch: and the epoch.
         """
         arrays = self.arrays
         if (tokens.lengths > np.diff(arrays["offsets"])[ids]).any():
@@ -308,7 +300,6 @@ class Writer:
         if replaced is not None:
             np.bitwise_or.at(arrays["replaced"], flat[replaced] >> 3, bits[replaced])
         arrays["lengths"][ids], arrays["versions"][ids] = tokens.lengths, self.version
-        arrays["betas"][ids], arrays["epochs"][ids] = beta, epoch
 
     def fill(self, ids: Ints, tokens: Ragged) -> None:
         """Give rows their reference tokens, as not generated yet."""

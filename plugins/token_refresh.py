@@ -242,14 +242,14 @@ def token_drift(model: Any, mixer: SelfTokenMixer, *, samples: int = _PROBES, ba
     ids = there[np.unique(np.linspace(0, len(there) - 1, min(samples, len(there))).astype(np.int64))]
     if not len(ids):
         return math.nan
-    rows, changed = buffer.take(ids), 0
+    rows, changed, inner = buffer.take(ids), 0, model_of(model)
     for version in np.unique(rows.versions).tolist():  # after a budget some are older, maybe by another rollout
         given, part = meta["settings"][str(version)], np.flatnonzero(rows.versions == version)
         now = buffer.take(ids[part])
         read = read_samples(owner, buffer, ids[part], seq2seq=bool(meta["seq2seq"]))
         key = derive(int(given["seed"]), int(given["epoch"]), "own")
         drawn = lots(ids[part], now.tokens.lengths, key)
-        with undisturbed(model_of(model)) as inner:
+        with undisturbed(inner):
             own = _own_tokens(inner, read, now.replaced, drawn, buffer.special, {**settings, **given})
         targets = np.concatenate([sample.targets for sample in read])
         changed += int((np.where(allowed(targets, own, buffer.special), own, targets) != now.tokens.values).sum())

@@ -52,21 +52,20 @@ class Job:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model without its DDP wrapper, in evaluation mode and without gradients.
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Has the model in evaluation mode, without gradients.
 
     Afterwards each module's mode is as before, and so are the states of the global random generators of Python, numpy
     and torch, also on the model's devices.
     """
-    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    modes = [(module, module.training) for module in inner.modules()]
-    devices = {parameter.device.index for parameter in inner.parameters() if parameter.device.type == "cuda"}
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  (they are put back, not used)
     for module, _ in modes:  # not by eval(): what a module of the user's does in it would not be undone
         module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-            yield inner
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002

@@ -114,7 +114,7 @@ def write_version(
         model: of transformers.
         buffer: with its data.
         write: makes the rows.
-        meta: notes of the version; ``beta`` and ``epoch`` of them are noted with the rows, ``seed`` is of the order.
+        meta: notes of the version, which its rows are found by later; ``seed`` and ``epoch`` of them decide the order.
         capacity: tokens of each row; None: those of its response, which a row that is not generated has until then.
         running: how it is done.
 
@@ -128,7 +128,8 @@ def write_version(
     ledger, shown, epoch = running.ledger, running.progress and rank() == 0, int(meta["epoch"])
     if ledger is not None and ledger.size != buffer.size:
         raise ValueError(f"{owner}(ledger): it has {ledger.size} samples, the data {buffer.size}; give the sampler's.")
-    seq2seq = bool(getattr(model_of(model).config, "is_encoder_decoder", False))
+    inner = model_of(model)
+    seq2seq = bool(getattr(inner.config, "is_encoder_decoder", False))
     before = buffer.table.snapshot() if buffer.version else None
     if before is not None and bool(before.meta["seq2seq"]) != seq2seq:
         raise ValueError(f"{owner}(model): the buffer was written by a model of another kind; take another folder.")
@@ -154,7 +155,7 @@ def write_version(
     notes = {**meta, "seq2seq": seq2seq, "settings": _settings(meta, before, buffer.version + 1)}
     counts: Counts = {}
     bar = progress_bar("self-generated tokens", len(due), shown)
-    with undisturbed(model) as inner, ExitStack() as stack:
+    with undisturbed(inner), ExitStack() as stack:
         stack.callback(bar.close)
         writer = on_first_rank(lambda: stack.enter_context(buffer.writing(capacities, reference, notes)))
         if before is None and capacity is None:
@@ -166,8 +167,7 @@ def write_version(
             work = partial(_generate, owner, inner, buffer, write, own, reference, seq2seq, meta["kind"])
             everyone, tokens, replaced, found = _gathered(own, on_all_ranks(work))
             counts = {name: counts.get(name, 0) + value for name, value in found.items()}
-            put = partial(Writer.put, writer, everyone, tokens, replaced, beta=float(meta["beta"]), epoch=epoch)
-            on_first_rank(put)
+            on_first_rank(partial(Writer.put, writer, everyone, tokens, replaced))
             bar.update(len(ids))
         on_first_rank(stack.close)  # publishes the version
     counts["total"] = int(capacities.sum())

@@ -5,8 +5,8 @@
 
 Trains low-rank adapters on prompts and responses: plainly, on RS2's shares of the pairs, on contexts in which a growing
 share of the reference's tokens are the model's own (BASH, for several shares), and on corrections of the model's own
-answers (RAC), all for as many optimizer steps; and plainly once more for as long as the slowest of the others took,
-what the model wrote for it included. Then each model answers held-out prompts by itself.
+answers (RAC), all for as many optimizer steps; and plainly twice more, for as long as the slowest BASH and as long as
+RAC took, what the model wrote for them included. Then each model answers held-out prompts by itself.
 
 Writes `results.json`, `runs.csv`, `summary.csv`, `places.csv`, `report.html` and `plots/*.png` into `--out`, and prints
 a table: perplexity of the references; how many of their tokens the model predicts after the reference, and after its

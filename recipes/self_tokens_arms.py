@@ -32,6 +32,7 @@ class Arm:
         kind: of the options' arms.
         colour: its number in the plots.
         beta: of BASH: the share of tokens that are replaced in the end.
+        timed: of plain fine-tuning: the kind as long as whose slowest arm it takes.
     """
 
     name: str
@@ -39,25 +40,24 @@ class Arm:
     kind: str
     colour: int
     beta: float = 0.0
+    timed: str = ""
 
 
 UNTRAINED = Arm("untrained", "As it is", "untrained", 0)
 
 
 def arms_of(options: "SelfTokensOptions") -> list[Arm]:
-    """The arms in the order in which they run; the timed one is last, since it waits for the others' times."""
+    """The arms in the order in which they run; the timed ones are last, since they wait for the others' times."""
     arms: list[Arm] = []
-    for kind, label in (
-        ("plain", "Plain fine-tuning"),
-        ("rs2", "RS2"),
-        ("bash", "BASH, up to {:g}"),
-        ("rac", "RAC"),
-        ("plain_timed", "Plain, for the slowest's time"),
-    ):
+    for kind, label in (("plain", "Plain fine-tuning"), ("rs2", "RS2"), ("bash", "BASH, up to {:g}"), ("rac", "RAC")):
         if kind in options.arms:
             for beta in options.betas if kind == "bash" else [0.0]:
                 name = f"bash-{beta:g}" if kind == "bash" else kind
                 arms.append(Arm(name, label.format(beta), kind, len(arms) + 1, beta))
+    for kind in ("bash", "rac"):
+        if kind in options.arms and "plain_timed" in options.arms:
+            label = f"Plain, as long as {kind.upper()}"
+            arms.append(Arm(f"plain-timed-{kind}", label, "plain_timed", len(arms) + 1, timed=kind))
     return arms
 
 

@@ -35,26 +35,29 @@ MEASURES = (
 )  # fmt: skip
 GAINS = {"loss": -1, "own_loss": -1, "own_accuracy": 1, "excess": -1, "rouge_l": 1, "repetition": -1}
 """What arms are compared by, and the sign with which more is better."""
-BASES = {"plain": "at equal steps", "plain_timed": "in equal time"}
+BASES = {"plain": "at equal steps", "timed": "in equal time"}
+"""Plain fine-tuning that arms are compared with: of as many steps, and as long as the slowest arm of the same kind."""
 
 
 def summarise(runs: Sequence["Run"]) -> list[dict[str, Any]]:
     """One row for each arm: means over the seeds, deviations, and differences to both plain arms, paired by seed.
 
-    `<measure>_<base>` is the mean difference to the arm `base`, `..._sd` its deviation, `..._error` its standard error,
-    None with one seed or without that arm.
+    `<measure>_<base>` is the mean difference to the plain arm that `BASES` tells, `..._sd` its deviation, `..._error`
+    its standard error, None with one seed or without that arm.
     """
     rows = []
-    every = [run.row() for run in runs]
-    for arm in dict.fromkeys(run.arm for run in runs):
+    every, arms = [run.row() for run in runs], list(dict.fromkeys(run.arm for run in runs))
+    for arm in arms:
         own = {row["seed"]: row for row in every if row["arm"] == arm.name}
-        found: dict[str, Any] = {"arm": arm.name, "seeds": len(own), "steps": next(iter(own.values()))["steps"]}
+        steps = [row["steps"] for row in own.values()]
+        found: dict[str, Any] = {"arm": arm.name, "kind": arm.kind, "seeds": len(own), "steps": float(np.mean(steps))}
         for key in MEASURES:
             values = np.array([row[key] for row in own.values()])
             found |= {key: float(values.mean()), f"{key}_sd": sd(values)}
         for base in BASES:
-            others = {row["seed"]: row for row in every if row["arm"] == base}
-            fits = arm.kind not in (base, "untrained") and own.keys() == others.keys()
+            name = "plain" if base == "plain" else next((one.name for one in arms if one.timed == arm.kind), "")
+            others = {row["seed"]: row for row in every if row["arm"] == name}
+            fits = arm.kind not in ("plain", "untrained") and own.keys() == others.keys()
             for key in GAINS:
                 name = f"{key}_{base}"
                 found |= {name: None, f"{name}_sd": None, f"{name}_error": None}
@@ -88,7 +91,7 @@ def verdict(row: Row, key: str, base: str) -> str:
 
 
 def findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
-    """A sentence on each arm and base, whichever way it went, and one on the time."""
+    """A sentence on each arm and plain arm, whichever way it went, and on the time."""
     sentences = []
     names = {
         "loss": "loss",
@@ -98,9 +101,11 @@ def findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
     }
     for base, how in BASES.items():
         for row in rows:
-            if row[f"loss_{base}"] is not None and not (row["arm"] == "plain" and base == "plain_timed"):
+            if row[f"loss_{base}"] is not None:
                 parts = [f"{name} {verdict(row, key, base)}" for key, name in names.items()]
-                sentences.append(f"{labels[row['arm']]}, less plain fine-tuning {how}: {', '.join(parts)}.")
+                timed = f"for {row['steps']:.0f} steps on the same pairs, less plain fine-tuning for fewer"
+                than = timed if row["kind"] == "plain_timed" else f"less plain fine-tuning {how}"
+                sentences.append(f"{labels[row['arm']]}, {than}: {', '.join(parts)}.")
     plain = next((row for row in rows if row["arm"] == "plain"), None)
     for row in rows:
         if row["refresh_seconds"] and plain is not None:
@@ -136,7 +141,7 @@ def write_results(
         write_csv(out / f"{name}.csv", results[name])
     page = report_page(results, runs).write(out / "report.html")
     print_table(console, _HEADER, [_cells(row, labels) for row in rows])
-    print_table(console, _TIMES, [_time_cells(row, labels) for row in rows if row["steps"]])
+    print_table(console, _MORE, [_more_cells(row, labels) for row in rows])
     print_end(console, results["findings"], f"{seconds:.0f} s in all. Report: {page.resolve()}")
     return results
 
@@ -154,8 +159,8 @@ def answers(runs: Sequence["Run"], comparison: "Comparison") -> list[dict[str, s
     ]
 
 
-_HEADER = ["arm", "perplexity", "right, ref.", "right, own", "excess", "loss, own", "ROUGE-L", "exact", "repeated"]
-_TIMES = ["arm", "steps", "training s", "of it own tokens"]
+_HEADER = ["arm", "perplexity", "right, ref.", "right, own", "excess", "ROUGE-L"]
+_MORE = ["arm", "loss, own", "exact", "repeated", "steps", "training s", "own tokens"]
 
 
 def _spread(row: Row, key: str, digits: int = 3) -> str:
@@ -163,13 +168,14 @@ def _spread(row: Row, key: str, digits: int = 3) -> str:
 
 
 def _cells(row: Row, labels: Mapping[str, str]) -> list[str]:
-    keys = ("token_accuracy", "own_accuracy", "excess", "own_loss", "rouge_l", "exact", "repetition")
+    keys = ("token_accuracy", "own_accuracy", "excess", "rouge_l")
     return [labels[row["arm"]], _spread(row, "perplexity", 2), *(_spread(row, key) for key in keys)]
 
 
-def _time_cells(row: Row, labels: Mapping[str, str]) -> list[str]:
+def _more_cells(row: Row, labels: Mapping[str, str]) -> list[str]:
+    cells = [labels[row["arm"]], *(_spread(row, key) for key in ("own_loss", "exact", "repetition"))]
     share = f"{row['refresh_share']:.0%}" if row["refresh_seconds"] else ""
-    return [labels[row["arm"]], f"{row['steps']:.0f}", _spread(row, "train_seconds", 1), share]
+    return [*cells, f"{row['steps']:.0f}", _spread(row, "train_seconds", 0), share]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -183,7 +189,7 @@ def report_page(results: Row, runs: Sequence["Run"]) -> Page:
     lead = [
         f"{options['model']}, {results['data']}.",
         f"{options['train_pairs']:,} pairs, {options['epochs']} epochs of batches of {options['batch_size']}, "
-        f"{options['seeds']} seed(s). All arms but the timed one take as many steps.",
+        f"{options['seeds']} seed(s). All arms but the timed ones take as many steps.",
     ]
     names, colours = [arm.label for arm in arms], [arm.colour for arm in arms]
     pictures: list[str | Table | Picture] = [
@@ -199,7 +205,7 @@ def report_page(results: Row, runs: Sequence["Run"]) -> Page:
         Section("Results", [_NOTE, *results["findings"]]),
         Section("Errors that accumulate", pictures),
         Section("Answers", [_ANSWERS, Table(header, wordy, words=True)]),
-        Section("Where the time went", [Table(_TIMES, [_time_cells(row, labels) for row in rows if row["steps"]])]),
+        Section("Answers in numbers, and the time", [_TIME, Table(_MORE, [_more_cells(row, labels) for row in rows])]),
         Section("How it was run", [settings_table(results)]),
     ]
     return Page("Training on the model's own tokens", lead, sections)
@@ -229,4 +235,9 @@ _PLACES = (
     "without accumulating errors. Means over the seeds; a point stands where its stretch of places begins."
 )
 _DOTS = "A dot for each seed, a bar for their mean, a band of one standard deviation to each side."
+_TIME = (
+    "Loss, own: of the references' tokens after the model's own; exact: share of answers that equal the reference; "
+    "repeated: share of an answer's runs of four tokens that it has had before; own tokens: share of the training time "
+    "that wrote the model's own tokens."
+)
 _ANSWERS = "The first held-out prompts, and what the first seed's models answer, greedily."

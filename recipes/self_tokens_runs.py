@@ -104,7 +104,7 @@ class Comparison:
     def run(self, arm: Arm, seed: int, runs: Sequence[Run], bars: Bars) -> Run:
         """Train and test one arm; `runs` are those before it."""
         options, name = self.options, f"seed {seed}: {arm.label}"
-        steps = self._timed_steps(seed, runs) if arm.kind == "plain_timed" else self.steps
+        steps = self._timed_steps(arm.timed, seed, runs) if arm.timed else self.steps
         model = self._adapted(seed)
         sampler = make_sampler(arm, len(self.pairs), seed, options)
         with tempfile.TemporaryDirectory(prefix="samplewise-") as folder:
@@ -124,11 +124,11 @@ class Comparison:
         spent = sum(figures["seconds"] for figures in refreshes)
         return Run(arm, seed, found, steps, trained - begin, spent, perf_counter() - trained, refreshes)
 
-    def _timed_steps(self, seed: int, runs: Sequence[Run]) -> int:
-        """Plain steps that take as long as the slowest arm with self-generated tokens."""
+    def _timed_steps(self, kind: str, seed: int, runs: Sequence[Run]) -> int:
+        """Plain steps that take as long as the slowest arm of a kind."""
         own = [run for run in runs if run.seed == seed]
         plain = next(run.seconds for run in own if run.arm.kind == "plain")
-        return round(self.steps * max(1.0, max(run.seconds for run in own if run.arm.kind in ("bash", "rac")) / plain))
+        return round(self.steps * max(1.0, max(run.seconds for run in own if run.arm.kind == kind) / plain))
 
     def _adapted(self, seed: int) -> Any:
         """The model with new adapters, whose first values depend on the seed alone."""

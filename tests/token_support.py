@@ -55,9 +55,8 @@ def others(targets: Any, step: int = 1) -> list[np.ndarray]:
 
 
 def write(
-    buffer: TokenBuffer, own: Any, replaced: Any = None, *, ids: Any = None, beta: float = 0.5, epoch: int = 0,
-    seq2seq: bool = False, **meta: Any,
-) -> None:  # fmt: skip
+    buffer: TokenBuffer, own: Any, replaced: Any = None, *, ids: Any = None, seq2seq: bool = False, **meta: Any
+) -> None:
     """The next version, of rows of tokens; of the samples in ``ids``, or of all."""
     samples = [read_sample(one, "", seq2seq=seq2seq) for one in buffer.data]
     targets = Ragged.from_lists([sample.targets for sample in samples])
@@ -68,7 +67,7 @@ def write(
             writer.fill(np.arange(buffer.size), targets)
         flags = None if replaced is None else np.concatenate(replaced)
         rows = np.arange(buffer.size) if ids is None else np.asarray(ids)
-        writer.put(rows, Ragged.from_lists(own), flags, beta=beta, epoch=epoch)
+        writer.put(rows, Ragged.from_lists(own), flags)
 
 
 def pad_right(items: Any) -> dict[str, torch.Tensor]:

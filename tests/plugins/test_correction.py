@@ -40,7 +40,7 @@ def attempts_of(folder, data=DATA, attempts=ATTEMPTS, unwritten=(2,), *, seq2seq
     rows = np.array([row for row in range(len(data)) if row not in unwritten])
     meta = {"kind": "attempts", "seq2seq": seq2seq}
     with buffer.writing(np.full(len(data), most), reference, meta) as writer:
-        writer.put(rows, Ragged.from_lists([attempts[row] for row in rows]), beta=1.0, epoch=0)
+        writer.put(rows, Ragged.from_lists([attempts[row] for row in rows]))
     return buffer
 
 

@@ -101,23 +101,23 @@ def random_rows(seed, lengths):
 
 
 def held(buffer, ids=None, kind="tokens"):
-    """Tokens, replaced, versions, betas and epochs, row by row."""
+    """Tokens, replaced and versions, row by row."""
     ids = np.arange(buffer.size) if ids is None else np.asarray(ids)
     rows = buffer.take(ids, kind)
     cut = np.cumsum(rows.tokens.lengths)[:-1]
-    parts = (np.split(rows.tokens.values, cut), np.split(rows.replaced, cut), rows.versions, rows.betas, rows.epochs)
+    parts = (np.split(rows.tokens.values, cut), np.split(rows.replaced, cut), rows.versions)
     return [tuple(np.asarray(part[row]).tolist() for part in parts) for row in range(len(ids))]
 
 
-def expected(tokens, replaced, version, beta, epoch):
-    return [(t.tolist(), r.tolist(), version, beta, epoch) for t, r in zip(tokens, replaced, strict=True)]
+def expected(tokens, replaced, version):
+    return [(t.tolist(), r.tolist(), version) for t, r in zip(tokens, replaced, strict=True)]
 
 
 def test_rows_come_back_in_any_order(tmp_path):
     buffer = fresh(tmp_path)
     tokens, replaced = random_rows(0, LENGTHS)
-    write(buffer, tokens, replaced, beta=0.25, epoch=3)
-    rows = expected(tokens, replaced, 1, 0.25, 3)
+    write(buffer, tokens, replaced)
+    rows = expected(tokens, replaced, 1)
     for ids in (range(10), [9, 2, 0, 6], [4], [3, 0], [6, 6]):
         assert held(buffer, list(ids)) == [rows[row] for row in ids]
     assert buffer.take(np.zeros(0, np.int64)).tokens.values.shape == (0,)
@@ -146,15 +146,15 @@ def test_what_is_not_written_stays(tmp_path):
     targets = targets_of(ROWS)
     tokens, replaced = random_rows(1, LENGTHS)
     some = [2, 5, 9]
-    write(buffer, [tokens[row] for row in some], [replaced[row] for row in some], ids=some, beta=0.5, epoch=1)
-    rows = expected(targets, [np.zeros(length, bool) for length in LENGTHS], 0, 0.0, 0)  # the references, at first
+    write(buffer, [tokens[row] for row in some], [replaced[row] for row in some], ids=some)
+    rows = expected(targets, [np.zeros(length, bool) for length in LENGTHS], 0)  # the references, at first
     for row in some:
-        rows[row] = (tokens[row].tolist(), replaced[row].tolist(), 1, 0.5, 1)
+        rows[row] = (tokens[row].tolist(), replaced[row].tolist(), 1)
     assert held(buffer) == rows
     tokens, replaced = random_rows(2, LENGTHS)
-    write(buffer, [tokens[row] for row in (5, 6)], [replaced[row] for row in (5, 6)], ids=[5, 6], beta=0.75, epoch=4)
+    write(buffer, [tokens[row] for row in (5, 6)], [replaced[row] for row in (5, 6)], ids=[5, 6])
     for row in (5, 6):
-        rows[row] = (tokens[row].tolist(), replaced[row].tolist(), 2, 0.75, 4)
+        rows[row] = (tokens[row].tolist(), replaced[row].tolist(), 2)
     assert held(buffer) == rows
     assert buffer.version == 2
 
@@ -164,8 +164,8 @@ def test_rows_may_be_shorter_than_they_can_be(tmp_path):
     for lengths in ([0, 3, 6] * 3 + [6], [6, 0, 1] * 3 + [2]):
         tokens, replaced = random_rows(3, lengths)
         with buffer.writing(np.full(10, 6), reference, {"kind": "attempts"}) as writer:
-            writer.put(np.arange(10), Ragged.from_lists(tokens), np.concatenate(replaced), beta=0, epoch=0)
-        assert held(buffer, kind="attempts") == expected(tokens, replaced, buffer.version, 0.0, 0)
+            writer.put(np.arange(10), Ragged.from_lists(tokens), np.concatenate(replaced))
+        assert held(buffer, kind="attempts") == expected(tokens, replaced, buffer.version)
     with pytest.raises(ValueError, match="it holds attempts, not tokens"):
         buffer.take(np.array([0]))
 
@@ -189,7 +189,7 @@ def test_an_error_while_writing_leaves_the_version_before(tmp_path):
 
     def failing():
         with buffer.writing(np.array(LENGTHS), np.zeros(10, np.uint64), {}) as writer:
-            writer.put(np.array([2]), Ragged.from_lists([[1] * 7]), beta=0, epoch=0)
+            writer.put(np.array([2]), Ragged.from_lists([[1] * 7]))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -254,7 +254,7 @@ def test_folders_of_other_things(tmp_path):
     with pytest.raises(ValueError, match="the folder is another table's, of negatives"):
         fresh(tmp_path / "table").take(np.array([0]))
     table = Table(tmp_path / "short")
-    names = ("tokens", "replaced", "offsets", "lengths", "digests", "versions", "betas", "epochs")
+    names = ("tokens", "replaced", "offsets", "lengths", "digests", "versions")
     with table.writing({name: ((4,), np.int32) for name in names}):
         pass
     with pytest.raises(ValueError, match="it has 3 rows, the data 10"):

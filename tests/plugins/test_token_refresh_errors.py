@@ -55,7 +55,7 @@ def corrections_of(folder, data=SINGLE, **given):
 
 def contents(buffer, kind="tokens"):
     rows = buffer.take(np.arange(buffer.size), kind)
-    names = ("digests", "versions", "betas", "epochs", "replaced")
+    names = ("digests", "versions", "replaced")
     return [
         rows.tokens.values.tolist(),
         rows.tokens.offsets.tolist(),

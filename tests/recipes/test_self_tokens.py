@@ -39,11 +39,17 @@ def results(settings):
     return run(settings)
 
 
-def test_every_arm_takes_equal_steps_and_the_timed_one_at_least_as_many(results):
-    steps = {(row["arm"], row["seed"]): row["steps"] for row in results["runs"]}
-    assert len(steps) == 1 + 2 * 6
-    for (arm, _), count in steps.items():
-        assert count == 0 if arm == "untrained" else count >= 9 if arm == "plain_timed" else count == 9
+def test_every_arm_takes_equal_steps_and_the_timed_ones_as_many_as_their_kind_has_time_for(results):
+    rows = {(row["arm"], row["seed"]): row for row in results["runs"]}
+    assert len(rows) == 1 + 2 * 7
+    for (arm, seed), row in rows.items():
+        if arm.startswith("plain-timed"):
+            slowest = max(
+                one["train_seconds"] for (name, s), one in rows.items() if s == seed and name[:3] == arm[12:15]
+            )
+            assert row["steps"] == round(9 * max(1, slowest / rows["plain", seed]["train_seconds"]))
+        else:
+            assert row["steps"] == (0 if arm == "untrained" else 9)
 
 
 def test_own_tokens_are_refreshed_when_they_are_needed(results):
@@ -79,7 +85,8 @@ def test_files_hold_the_results(results, settings, tmp_path):
     assert json.loads((folder / "results.json").read_text())["runs"] == json.loads(json.dumps(results["runs"]))
     with (folder / "summary.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == [
-            "untrained", "plain", "rs2", "bash-0.5", "bash-1", "rac", "plain_timed",
+            "untrained", "plain", "rs2", "bash-0.5", "bash-1", "rac", "plain-timed-bash",
+            "plain-timed-rac",
         ]  # fmt: skip
     page = (folder / "report.html").read_text()
     assert page.count("<img") == 4
@@ -175,7 +182,7 @@ def test_differences_are_paired_by_seed():
     assert (row["loss_plain"], row["loss_plain_sd"], row["loss_plain_error"]) == (0.5, 0.0, 0.0)
     assert row["excess_plain"] == pytest.approx(-0.2)  # 1.2 - 1.4 and 1.6 - 1.8
     assert row["refresh_share"] == pytest.approx(0.2)
-    assert rows["plain"]["loss_plain"] is row["loss_plain_timed"] is None
+    assert rows["plain"]["loss_plain"] is row["loss_timed"] is None
     assert places(runs)[1] == pytest.approx(
         {
             "arm": "bash-0.5",
@@ -192,6 +199,26 @@ def test_differences_are_paired_by_seed():
     assert "1.00x the time of plain fine-tuning; 20% of it" in text
 
 
+def test_arms_are_compared_in_equal_time_with_the_plain_arm_of_their_own_kind():
+    plain, bash, rac = (
+        Arm("plain", "Plain", "plain", 1),
+        Arm("bash-1", "BASH", "bash", 2, 1.0),
+        Arm("rac", "RAC", "rac", 3),
+    )
+    timed = [Arm(f"plain-timed-{kind}", f"As {kind}", "plain_timed", 4, timed=kind) for kind in ("bash", "rac")]
+    losses = zip([plain, bash, rac, *timed], [2.0, 3.0, 4.0, 2.5, 3.75], strict=True)
+    rows = {row["arm"]: row for row in summarise([made(arm, 0, loss, 0.5, 0.3) for arm, loss in losses])}
+    assert [rows[name]["loss_timed"] for name in rows] == [None, 0.5, 0.25, None, None]
+    assert [rows[name]["loss_plain"] for name in rows] == [None, 1.0, 2.0, 0.5, 1.75]
+    text = findings(list(rows.values()), {name: name for name in rows})
+    assert text[2].startswith(
+        "plain-timed-bash, for 10 steps on the same pairs, less plain fine-tuning for fewer: loss"
+    )
+    assert text[4].startswith("bash-1, less plain fine-tuning in equal time: loss +0.500 (one seed)")
+
+
 def test_arms_are_as_asked():
     names = [arm.name for arm in arms_of(SelfTokensOptions(arms=["rac", "bash", "plain"], betas=[0.1, 1.0]))]
     assert names == ["plain", "bash-0.1", "bash-1", "rac"]
+    timed = [(arm.name, arm.timed) for arm in arms_of(SelfTokensOptions(arms=["plain_timed", "rac", "plain"]))]
+    assert timed == [("plain", ""), ("rac", ""), ("plain-timed-rac", "rac")]
