@@ -1,6 +1,6 @@
 """Fine-tuning on contexts that hold the model's own tokens, against plain fine-tuning, on a small language model.
 
-    python -m samplewise.recipes.self_tokens            # SmolLM2-135M writes Python functions, 3 seeds, 16 minutes each
+    python -m samplewise.recipes.self_tokens            # SmolLM2-135M writes Python functions, 3 seeds, 18 minutes each
     samplewise run self_tokens --data pairs.jsonl --model NAME --accelerator gpu --train_pairs 10000 --epochs 3
 
 Trains low-rank adapters on prompts and responses: plainly, on RS2's shares of the pairs, on contexts in which a growing
