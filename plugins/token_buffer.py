@@ -126,8 +126,8 @@ class Rows:
         replaced: bool (M,), where they stood in the context that they were generated from.
         digests: uint64 (B,), of each row's reference tokens.
         versions: int32 (B,), in which each row was generated; 0: not yet.
-        meta: the version's notes; ``meta["settings"][str(version)]`` are those of the version that a row is of, with
-            ``beta``, the share of replaced tokens, and ``epoch``.
+        meta: the version's notes; ``meta["settings"][str(version)]`` are those of the version >= 1 that a row is of,
+            with ``beta``, the share of replaced tokens, and ``epoch``.
     """
 
     tokens: Ragged

@@ -135,7 +135,7 @@ def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
     """The first column to the left, numbers to the right."""
     table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        table.add_column(name, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row, end_section=row is rows[-1])
     console.print(table)

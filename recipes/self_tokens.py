@@ -9,7 +9,7 @@ answers (RAC), all for as many optimizer steps; and plainly twice more, for as l
 RAC took, what the model wrote for them included. Then each model answers held-out prompts by itself.
 
 Writes `results.json`, `runs.csv`, `summary.csv`, `places.csv`, `report.html` and `plots/*.png` into `--out`, and prints
-a table: perplexity of the references; how many of their tokens the model predicts after the reference, and after its
+tables: perplexity of the references; how many of their tokens the model predicts after the reference, and after its
 own tokens, and the excess of errors that is due to its own; ROUGE-L, exact matches and repetitions of its answers; and
 the time, with the share of it that went into self-generated tokens.
 

@@ -33,9 +33,13 @@ MEASURES = (
     "loss", "perplexity", "token_accuracy", "own_loss", "own_accuracy", "excess", "rouge_l", "exact", "repetition",
     "train_seconds", "refresh_seconds",
 )  # fmt: skip
-GAINS = {"loss": -1, "own_loss": -1, "own_accuracy": 1, "excess": -1, "rouge_l": 1, "repetition": -1}
-"""What arms are compared by, and the sign with which more is better."""
-BASES = {"plain": "at equal steps", "timed": "in equal time"}
+GAINS = {
+    "loss": (-1, "loss"), "token_accuracy": (1, "right after references"), "own_accuracy": (1, "right in own answers"),
+    "excess": (-1, "excess of errors"), "own_loss": (-1, "loss after own answers"), "rouge_l": (1, "ROUGE-L"),
+    "repetition": (-1, "repeated"),
+}  # fmt: skip
+"""What arms are compared by, the sign with which more is better, and its name."""
+BASES = ("plain", "timed")
 """Plain fine-tuning that arms are compared with: of as many steps, and as long as the slowest arm of the same kind."""
 
 
@@ -46,8 +50,8 @@ def summarise(runs: Sequence["Run"]) -> list[dict[str, Any]]:
     its standard error, None with one seed or without that arm.
     """
     rows = []
-    every, arms = [run.row() for run in runs], list(dict.fromkeys(run.arm for run in runs))
-    for arm in arms:
+    every = [run.row() for run in runs]
+    for arm in dict.fromkeys(run.arm for run in runs):
         own = {row["seed"]: row for row in every if row["arm"] == arm.name}
         steps = [row["steps"] for row in own.values()]
         found: dict[str, Any] = {"arm": arm.name, "kind": arm.kind, "seeds": len(own), "steps": float(np.mean(steps))}
@@ -55,8 +59,7 @@ def summarise(runs: Sequence["Run"]) -> list[dict[str, Any]]:
             values = np.array([row[key] for row in own.values()])
             found |= {key: float(values.mean()), f"{key}_sd": sd(values)}
         for base in BASES:
-            name = "plain" if base == "plain" else next((one.name for one in arms if one.timed == arm.kind), "")
-            others = {row["seed"]: row for row in every if row["arm"] == name}
+            others = {row["seed"]: row for row in every if row["arm"] == _base(arm.kind, base)}
             fits = arm.kind not in ("plain", "untrained") and own.keys() == others.keys()
             for key in GAINS:
                 name = f"{key}_{base}"
@@ -83,30 +86,26 @@ def places(runs: Sequence["Run"]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(row: Row, key: str, base: str) -> str:
-    """A difference and whether it exceeds its standard error, in words."""
-    gain, error = row[f"{key}_{base}"], row[f"{key}_{base}_error"]
-    spread = "" if error is None else f" ± {row[f'{key}_{base}_sd']:.3f}"
-    return f"{gain:+.3f}{spread} ({judged(GAINS[key] * gain, error)})"
+def verdicts(row: Row, base: str) -> str:
+    """The differences to a plain arm, by whether they exceed their standard error; those that do not by name alone."""
+    found: dict[str, list[str]] = {word: [] for word in ("better", "worse", "one seed", "within its standard error")}
+    for key, (sign, name) in GAINS.items():
+        gain, error = row[f"{key}_{base}"], row[f"{key}_{base}_error"]
+        word = judged(sign * gain, error)
+        spread = "" if error is None else f" ± {row[f'{key}_{base}_sd']:.3f}"
+        found[word].append(name if word.startswith("within") else f"{name} {gain:+.3f}{spread}")
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
 
 
 def findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
     """A sentence on each arm and plain arm, whichever way it went, and on the time."""
-    sentences = []
-    names = {
-        "loss": "loss",
-        "excess": "excess of errors",
-        "own_accuracy": "tokens right after its own",
-        "rouge_l": "ROUGE-L",
-    }
-    for base, how in BASES.items():
+    sentences, named = [], {row["arm"]: row for row in rows}
+    for base, cost in (("plain", _steps), ("timed", _seconds)):
         for row in rows:
             if row[f"loss_{base}"] is not None:
-                parts = [f"{name} {verdict(row, key, base)}" for key, name in names.items()]
-                timed = f"for {row['steps']:.0f} steps on the same pairs, less plain fine-tuning for fewer"
-                than = timed if row["kind"] == "plain_timed" else f"less plain fine-tuning {how}"
-                sentences.append(f"{labels[row['arm']]}, {than}: {', '.join(parts)}.")
-    plain = next((row for row in rows if row["arm"] == "plain"), None)
+                arms = f"{labels[row['arm']]} ({cost(row)}), less plain fine-tuning"
+                sentences.append(f"{arms} ({cost(named[_base(row['kind'], base)])}): {verdicts(row, base)}.")
+    plain = named.get("plain")
     for row in rows:
         if row["refresh_seconds"] and plain is not None:
             sentences.append(
@@ -114,6 +113,19 @@ def findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
                 f"fine-tuning; {row['refresh_share']:.0%} of it wrote the model's own tokens."
             )
     return sentences
+
+
+def _base(kind: str, base: str) -> str:
+    """The arm that arms of a kind are compared with."""
+    return "plain" if base == "plain" else f"plain-timed-{kind}"
+
+
+def _steps(row: Row) -> str:
+    return f"{row['steps']:.0f} steps"
+
+
+def _seconds(row: Row) -> str:
+    return _spread(row, "train_seconds", 0 if row["train_seconds"] >= 10 else 2) + " s"
 
 
 def write_results(
@@ -160,7 +172,7 @@ def answers(runs: Sequence["Run"], comparison: "Comparison") -> list[dict[str, s
 
 
 _HEADER = ["arm", "perplexity", "right, ref.", "right, own", "excess", "ROUGE-L"]
-_MORE = ["arm", "loss, own", "exact", "repeated", "steps", "training s", "own tokens"]
+_MORE = ["arm", "loss, own", "exact", "repeated", "steps", "training", "own tokens"]
 
 
 def _spread(row: Row, key: str, digits: int = 3) -> str:
@@ -175,7 +187,7 @@ def _cells(row: Row, labels: Mapping[str, str]) -> list[str]:
 def _more_cells(row: Row, labels: Mapping[str, str]) -> list[str]:
     cells = [labels[row["arm"]], *(_spread(row, key) for key in ("own_loss", "exact", "repetition"))]
     share = f"{row['refresh_share']:.0%}" if row["refresh_seconds"] else ""
-    return [*cells, f"{row['steps']:.0f}", _spread(row, "train_seconds", 0), share]
+    return [*cells, *((f"{row['steps']:.0f}", _seconds(row), share) if row["steps"] else ("", "", ""))]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -226,9 +238,10 @@ def _curves(rows: Sequence[Row], arms: Sequence[Any]) -> bytes:
 
 _NOTE = (
     "± is one standard deviation over the seeds; differences are paired by seed, and called better or worse where they "
-    "exceed their standard error. With few seeds a standard error is itself uncertain. Right, ref.: share of the "
+    "exceed their standard error; with three seeds and nothing to be found, 4 in 10 do. Right, ref.: share of the "
     "references' tokens that are the likeliest after the reference's tokens before them; right, own: share that the "
-    "model's answers have at the same place; excess: errors of the second kind over those of the first, less 1."
+    "model's answers have at the same place; excess: errors of the second kind over those of the first, less 1, which "
+    "also falls where those of the first kind grow."
 )
 _PLACES = (
     "How many more tokens are right after the reference than in the model's own answers, by place in the response: 0 "

@@ -195,7 +195,11 @@ def test_differences_are_paired_by_seed():
         }
     )
     text = "\n".join(findings(list(rows.values()), {"plain": "Plain", "bash-0.5": "BASH"}))
-    assert "loss +0.500 ± 0.000 (worse)" in text
+    assert text.startswith(
+        "BASH (10 steps), less plain fine-tuning (10 steps): better: right in own answers +0.100 ± 0.000, excess of "
+        "errors -0.200 ± 0.000, ROUGE-L +0.100 ± 0.000; worse: loss +0.500 ± 0.000, loss after own answers +0.500 ± "
+        "0.000; within its standard error: right after references, repeated.\n"
+    )
     assert "1.00x the time of plain fine-tuning; 20% of it" in text
 
 
@@ -212,9 +216,9 @@ def test_arms_are_compared_in_equal_time_with_the_plain_arm_of_their_own_kind():
     assert [rows[name]["loss_plain"] for name in rows] == [None, 1.0, 2.0, 0.5, 1.75]
     text = findings(list(rows.values()), {name: name for name in rows})
     assert text[2].startswith(
-        "plain-timed-bash, for 10 steps on the same pairs, less plain fine-tuning for fewer: loss"
+        "plain-timed-bash (10 steps), less plain fine-tuning (10 steps): one seed: loss +0.500, right after"
     )
-    assert text[4].startswith("bash-1, less plain fine-tuning in equal time: loss +0.500 (one seed)")
+    assert text[4].startswith("bash-1 (100 s), less plain fine-tuning (100 s): one seed: loss +0.500, right after")
 
 
 def test_arms_are_as_asked():
