@@ -22,9 +22,8 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
-from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -36,6 +35,7 @@ from samplewise.plugins.adore import AdoreLoss
 from samplewise.recipes.common import Rule, check_options, surroundings
 from samplewise.recipes.corpus import Collection
 from samplewise.recipes.encoder import Encoder, Tokenizer
+from samplewise.recipes.fitting import fit, warmed_adamw
 from samplewise.recipes.progress import Bars
 from samplewise.recipes.retrieval_arms import ARMS, Arm
 from samplewise.recipes.retrieval_results import write_results
@@ -178,14 +178,7 @@ class BiEncoder(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = AdamW(self.parameters(), self.lr, weight_decay=0.01)
-        warmup = max(1, self.steps // 10)
-
-        def rate(step: int) -> float:
-            return min((step + 1) / warmup, (self.steps - step) / max(1, self.steps - warmup))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warmed_adamw(self, lr=self.lr, weight_decay=0.01, steps=self.steps)
 
 
 def train(
@@ -221,24 +214,6 @@ def train(
     callbacks += [SamplingCallback(sampler), *refresh]  # samplewise
     fit(module, loader, options, steps, callbacks)
     return [figures for callback in refresh for figures in callback.history]  # samplewise
-
-
-def fit(module: LightningModule, loader: Any, options: RetrievalOptions, steps: int, callbacks: Any) -> None:
-    """So many optimizer steps, whatever the epochs' lengths; the encoder's dropout stays off, which short runs like."""
-    trainer = Trainer(
-        accelerator=options.accelerator,
-        devices=1,
-        precision=options.precision,
-        max_epochs=-1,
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, loader)
 
 
 class QueryEncoder(BiEncoder):

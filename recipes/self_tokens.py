@@ -22,10 +22,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal, get_args
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -33,6 +31,7 @@ from samplewise.callbacks import SamplingCallback  # samplewise
 from samplewise.loaders import with_ids  # samplewise
 from samplewise.recipes.assets import AssetError
 from samplewise.recipes.common import Rule, check_options, surroundings
+from samplewise.recipes.fitting import fit, warmed_adamw
 from samplewise.recipes.progress import Bars
 from samplewise.recipes.responses import pad_left, response_losses
 from samplewise.recipes.self_tokens_arms import arms_of
@@ -180,15 +179,8 @@ class Tuner(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(trained, self.options.lr, weight_decay=self.options.weight_decay)
-        warmup = max(1, self.steps // 10)
-
-        def rate(step: int) -> float:
-            return min((step + 1) / warmup, (self.steps - step) / max(1, self.steps - warmup))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        lr, weight_decay = self.options.lr, self.options.weight_decay
+        return warmed_adamw(self, lr=lr, weight_decay=weight_decay, steps=self.steps)
 
 
 def train(
@@ -221,20 +213,7 @@ def train(
     loader = DataLoader(with_ids(data), options.batch_size, sampler=sampler, collate_fn=collate)  # samplewise
     callbacks = list(callbacks)
     callbacks += [SamplingCallback(sampler), *([refresh] if refresh else [])]  # samplewise
-    trainer = Trainer(
-        accelerator=options.accelerator,
-        devices=1,
-        precision=options.precision,
-        max_epochs=-1,
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, loader)
+    fit(module, loader, options, steps, callbacks)
 
 
 def run(options: SelfTokensOptions) -> dict[str, Any]:

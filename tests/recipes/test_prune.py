@@ -3,10 +3,7 @@
 import csv
 import json
 import re
-import sys
-import types
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from samplewise.recipes.arms import Arm, make_sampler, make_schedule, plan_arms
 from samplewise.recipes.data import load_task
 from samplewise.recipes.prune import PruneOptions, accuracy, auc, run
 from samplewise.recipes.results import Run, findings, not_learnt, summarise
-from support import Lengths, loss_of
+from support import Lengths, loss_of, without_marked_lines
 
 
 @pytest.fixture(scope="module")
@@ -178,18 +175,8 @@ def test_runs_repeat_exactly_and_share_initial_weights(tmp_path):
 
 
 def test_without_the_marked_lines_a_plain_training_script_remains():
-    source = Path(prune.__file__).read_text()
-    marked = [line for line in source.splitlines() if line.endswith("# samplewise")]
-    assert 5 <= len(marked) <= 12
-    plain = types.ModuleType("plain_prune")
-    sys.modules["plain_prune"] = plain  # dataclasses look their module up
-    try:
-        exec("\n".join(line for line in source.splitlines() if line not in marked), vars(plain))
-        for name in ("SamplingCallback", "BudgetSchedule", "with_ids", "collate_with_ids"):
-            assert not hasattr(plain, name)
+    with without_marked_lines(prune) as plain:
         score = plain.train(load_task("digits"), PruneOptions(epochs=5, batch_size=64, lr=0.02, model="mlp"), 0)
-    finally:
-        del sys.modules["plain_prune"]
     assert score > 0.9
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 from language_support import byte_tokenizer, write_language_model
 from lightning_support import QUIET
 
-from samplewise.recipes import quant_results
+from samplewise.recipes import quant, quant_results
+from samplewise.recipes.language_model import load_language_model
 from samplewise.recipes.quant import QuantOptions, run
 from samplewise.recipes.quant_arms import ARMS
 from samplewise.recipes.quant_results import findings, low_averages, summarise, times, verdict
 from samplewise.recipes.quant_runs import Run, Score
 from samplewise.recipes.responses import pad_left, response_logits, response_losses, response_scores
 from samplewise.recipes.text_pairs import Pair, TokenizedPairs
+from support import without_marked_lines
 
 pytestmark = QUIET
 
@@ -202,3 +205,15 @@ def test_a_training_that_diverged_still_has_results_and_they_are_json(settings, 
     assert found["search"] is None
     text = (tmp_path / "results.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["runs"][0]["choice_accuracy"] is None
+
+
+def test_without_the_marked_lines_a_plain_training_script_remains(settings):
+    model, tokenizer = load_language_model(Path(settings.model))
+    pairs = TokenizedPairs([Pair(f"{n}: ", str(n)) for n in range(20)], tokenizer, 40)
+    batch = pad_left([pairs[row] for row in range(20)])
+    with torch.no_grad():
+        before = float(response_losses(model.eval(), batch).mean())
+    with without_marked_lines(quant) as plain:
+        plain.train(model, pairs, replace(settings, lr=1e-2), 20)
+    with torch.no_grad():
+        assert response_losses(model.eval(), batch).mean() < 0.9 * before

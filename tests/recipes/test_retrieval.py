@@ -3,9 +3,6 @@
 import csv
 import json
 import re
-import sys
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from samplewise.recipes.encoder import load_encoder
 from samplewise.recipes.retrieval import RetrievalOptions, run
 from samplewise.recipes.retrieval_arms import ARMS, bm25_negatives, make_sampler
 from samplewise.recipes.retrieval_results import DEPTH, METRICS, Run, findings, measure, summarise
+from support import without_marked_lines
 
 
 @pytest.fixture(scope="module")
@@ -327,23 +325,13 @@ def test_findings_say_which_way_it_went():
 
 
 def test_without_the_marked_lines_a_plain_training_script_remains(made):
-    source = Path(retrieval.__file__).read_text()
-    marked = [line for line in source.splitlines() if line.endswith("# samplewise")]
-    assert 5 <= len(marked) <= 14
-    plain = types.ModuleType("plain_retrieval")
-    sys.modules["plain_retrieval"] = plain  # dataclasses look their module up
-    try:
-        exec("\n".join(line for line in source.splitlines() if line not in marked), vars(plain))
-        for name in ("SamplingCallback", "RetrievalDataset", "with_ids", "collate_with_ids"):
-            assert not hasattr(plain, name)
+    with without_marked_lines(retrieval) as plain:
         collection = load_collection(str(made[0]))
         encoder, tokenizer = load_encoder(made[1], 16)
         before = encoder(tokenizer(collection.train.texts)) @ encoder(tokenizer(collection.documents)).T
         options = plain.RetrievalOptions(batch_size=8, lr=5e-3, precision="32-true")
         plain.train(encoder, tokenizer, collection, options, 30)
         after = encoder(tokenizer(collection.train.texts)) @ encoder(tokenizer(collection.documents)).T
-    finally:
-        del sys.modules["plain_retrieval"]
     relevant = [int(collection.train.positives[row][0]) for row in range(40)]
     ranks = [(scores > scores[range(40), relevant][:, None]).float().sum(1).mean() for scores in (before, after)]
     assert ranks[1] < 0.5 * ranks[0]

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import torch
 from language_support import byte_tokenizer, write_language_model
 from lightning_support import QUIET
 
-from samplewise.recipes.responses import pad_left, response_scores
+from samplewise.recipes import self_tokens
+from samplewise.recipes.language_model import load_language_model
+from samplewise.recipes.responses import pad_left, response_losses, response_scores
 from samplewise.recipes.self_tokens import SelfTokensOptions, run
 from samplewise.recipes.self_tokens_arms import Arm, arms_of
 from samplewise.recipes.self_tokens_results import findings, places, summarise
 from samplewise.recipes.self_tokens_runs import Run
 from samplewise.recipes.self_tokens_scores import Score, by_place, repetition, rouge_l, score
 from samplewise.recipes.text_pairs import Pair, TokenizedPairs
+from support import without_marked_lines
 
 pytestmark = QUIET
 WORDS = ["red", "green", "blue", "black", "white"]
@@ -114,6 +118,18 @@ def test_files_hold_the_results(results, settings, tmp_path):
 def test_wrong_options(settings, given, message):
     with pytest.raises(ValueError, match=message):
         replace(settings, **given).validate()
+
+
+def test_without_the_marked_lines_a_plain_training_script_remains(settings):
+    model, tokenizer = load_language_model(Path(settings.model))
+    pairs = TokenizedPairs([Pair(f"{n}: ", str(n)) for n in range(20)], tokenizer, 40)
+    batch = pad_left([pairs[row] for row in range(20)])
+    with torch.no_grad():
+        before = float(response_losses(model.eval(), batch).mean())
+    with without_marked_lines(self_tokens) as plain:
+        plain.train(model, pairs, replace(settings, lr=1e-2), 20)
+    with torch.no_grad():
+        assert response_losses(model.eval(), batch).mean() < 0.9 * before
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
