@@ -167,6 +167,20 @@ def random_states() -> list[bytes]:
     ]
 
 
+def disturbed(model: Any) -> list[bool]:
+    """Has each forward draw from all global generators; gives of each whether it ran in evaluation, without gradients."""
+    seen: list[bool] = []
+
+    def draw(module: Any, args: Any) -> None:
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        torch.rand(1)
+        seen.append(not torch.is_grad_enabled() and not any(part.training for part in module.modules()))
+
+    model.register_forward_pre_hook(draw)
+    return seen
+
+
 def tolerance(p: float, count: int) -> float:
     """Five standard errors of a share: passed by chance alone in all but one of 1.7 million cases."""
     return 5 * (p * (1 - p) / count) ** 0.5

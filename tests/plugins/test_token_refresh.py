@@ -10,6 +10,7 @@ from token_support import (
     END,
     SPECIAL,
     TOKENIZER,
+    disturbed,
     item,
     llama,
     padded,
@@ -342,10 +343,13 @@ def test_nothing_of_the_model_or_the_generators_is_changed(tmp_path):
     model.train()
     model.model.layers[0].eval()
     modes, weights = [module.training for module in model.modules()], str(model.state_dict())
-    states, mixer = random_states(), mixer_of(tmp_path)
+    states, mixer, seen = random_states(), mixer_of(tmp_path), disturbed(model)
     for given in (*ROLLOUTS, {"temperature": 1.0}):
         refresh(model, mixer, **given)
+        forwards = len(seen)
         token_drift(model, mixer)
+        assert len(seen) > forwards > 0
+    assert all(seen)
     assert [module.training for module in model.modules()] == modes
     assert random_states() == states
     assert str(model.state_dict()) == weights

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from token_support import BOS, DATA, END, TOKENIZER, item, llama, random_states
+from token_support import BOS, DATA, END, TOKENIZER, disturbed, item, llama, random_states
 
 from samplewise.cuda_ext import Ledger
 from samplewise.plugins import (
@@ -127,9 +127,11 @@ def test_a_refresh_that_fails_leaves_the_version_before(tmp_path, rollout):
         assert random_states() == states
 
     model = poisoned().train()
+    seen = disturbed(model)
     with pytest.raises(ValueError, match="the model's logits are NaN or infinite; nothing was written"):
         refresh_self_tokens(model, mixer, rollout=rollout, progress=False)
     assert all(module.training for module in model.modules())
+    assert seen == [True] * len(seen) != []
     same()
     data.broken = (11,)
     with pytest.raises(OSError, match="row 11 cannot be read"):
@@ -210,8 +212,11 @@ def generated(model, one, most, **given):
 def test_attempts_are_what_generate_writes(tmp_path, given):
     corrections = corrections_of(tmp_path)
     most, model = 16, llama().train()
+    states, seen = random_states(), disturbed(model)
     figures = refresh_attempts(model, corrections, max_new_tokens=most, batch_size=4, generate=given, progress=False)
-    assert model.training
+    assert all(module.training for module in model.modules())
+    assert seen == [True] * len(seen) != []
+    assert random_states() == states
     expected = [generated(llama(), one, most, **given) for one in SINGLE]
     rows = corrections.buffer.take(np.arange(SIZE), "attempts")
     for row, answer in enumerate(expected):
