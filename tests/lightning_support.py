@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
@@ -43,6 +44,26 @@ QUIET = [
 """``pytestmark`` for tests that train: what Lightning and torchdata warn of in so small runs."""
 
 torch.set_num_threads(1)
+
+
+class Figures(Logger):
+    """Keeps the metrics whose names begin with ``prefix``, without it, as (step, metrics)."""
+
+    name, version = "figures", 0
+
+    def __init__(self, prefix: str = ""):
+        super().__init__()
+        self.prefix, self.rows = prefix, []
+
+    def log_metrics(self, metrics, step=None):
+        found = {
+            name.removeprefix(self.prefix): value for name, value in metrics.items() if name.startswith(self.prefix)
+        }
+        if found:
+            self.rows.append((step, found))
+
+    def log_hyperparams(self, *args):
+        pass
 
 
 class Rows(Dataset):

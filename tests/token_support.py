@@ -168,7 +168,7 @@ def random_states() -> list[bytes]:
 
 
 def disturbed(model: Any) -> list[bool]:
-    """Has each forward draw from all global generators; gives of each whether it ran in evaluation, without gradients."""
+    """Has each forward draw from all generators; gives of each whether it ran in evaluation, without gradients."""
     seen: list[bool] = []
 
     def draw(module: Any, args: Any) -> None:

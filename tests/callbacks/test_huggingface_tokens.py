@@ -3,37 +3,21 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from language_support import byte_tokenizer
+from refresh_support import BATCH, BATCHES, DATA, EPOCHS, SIZE, TOKENIZER, TokenRun, llama
 
 from samplewise.callbacks.huggingface_tokens import STATE_FILE, RefreshSelfTokens
 from samplewise.loaders import with_ids
 from samplewise.plugins import BetaSchedule, CorrectionDataset, SelfTokenMixer, TokenBuffer, Uniform
 from samplewise.recipes.responses import pad_left
-from samplewise.recipes.text_pairs import Pair, TokenizedPairs
 
 pytestmark = [pytest.mark.filterwarnings("error:RefreshSelfTokens")]
-SIZE, BATCH, BATCHES, EPOCHS = 10, 4, 3, 3  # the last batch has two
-TOKENIZER = byte_tokenizer(None)
-PAIRS = [Pair(f"{row}+{row}", f"is {2 * row}, I think" + "!" * (row % 3)) for row in range(SIZE)]
-DATA = TokenizedPairs(PAIRS, TOKENIZER, 64)
 PROMPTS = [item["input_ids"][item["labels"] == -100].tolist() for item in DATA]
 
 
-def llama():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(
-        vocab_size=len(TOKENIZER), max_position_embeddings=128, tie_word_embeddings=True, **sizes
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config)
-
-
-class Run:
+class Run(TokenRun):
     """Three epochs of three batches; ``beta`` is 0, 0.4 and 0.8."""
 
     def __init__(
@@ -77,34 +61,6 @@ class Run:
         if model.training:
             rows = zip(given["input_ids"], given["attention_mask"], strict=True)
             self.seen.append([tokens[mask == 1].tolist() for tokens, mask in rows])
-
-    @property
-    def weights(self):
-        return b"".join(value.detach().numpy().tobytes() for value in self.model.parameters())
-
-    @property
-    def moments(self):
-        return [(row["version"], row["step"], row["epoch"]) for row in self.callback.history]
-
-    def version(self, number, name):
-        (folder,) = self.buffer.table.path.glob(f"version-{number}-*")
-        return np.load(folder / f"{name}.npy")
-
-    def settings(self, number):
-        """What a version was generated with."""
-        (about,) = self.buffer.table.path.glob(f"version-{number}-*/version.json")
-        return json.loads(about.read_text())["meta"]["settings"][str(number)]
-
-    def inputs(self, row, epoch, version):
-        """The sample's tokens, mixed from a version."""
-        item = DATA[row]
-        places = np.flatnonzero(item["labels"].numpy() != -100)
-        begin = self.version(version, "offsets")[row]
-        own = self.version(version, "tokens")[begin : begin + len(places)]
-        tokens = item["input_ids"].numpy().copy()
-        replaced = self.target.replaced(np.array([row]), np.array([len(places)]), epoch, 1)
-        tokens[places[replaced]] = own[replaced]
-        return tokens.tolist()
 
     def check(self, versions):
         """Each batch is mixed from the version of its epoch, with the epoch's beta."""

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import Logger
-from lightning_support import QUIET, SaveEveryStep, run_job, trainer
+from lightning_support import QUIET, Figures, SaveEveryStep, run_job, trainer
 from negatives_support import DOCUMENTS, POSITIVES, QUERIES, Encoder, dataset, loader
 
 from samplewise.callbacks import RefreshHardNegatives
@@ -16,22 +15,6 @@ from samplewise.plugins import Uniform, mine_hard_negatives
 
 pytestmark = QUIET
 TOP_K, BATCHES = 5, 6
-
-
-class Figures(Logger):
-    """Keeps what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    name, version = "figures", 0
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, metrics))
-
-    def log_hyperparams(self, *args):
-        pass
 
 
 class Run:

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from language_support import byte_tokenizer
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers.logger import Logger
-from lightning_support import QUIET, SaveEveryStep, run_job, trainer
+from lightning_support import QUIET, Figures, SaveEveryStep, run_job, trainer
+from refresh_support import BATCH, BATCHES, DATA, SIZE, TOKENIZER, TokenRun, llama
 from torch.utils.data import DataLoader
 
 from samplewise.callbacks import RefreshSelfTokens
@@ -21,23 +20,8 @@ from samplewise.loaders import with_ids
 from samplewise.plugins import BetaSchedule, CorrectionDataset, SelfTokenMixer, TokenBuffer, Uniform
 from samplewise.plugins.correction import correction_connector
 from samplewise.recipes.responses import pad_left, response_losses
-from samplewise.recipes.text_pairs import Pair, TokenizedPairs
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*eval mode at the start of training")]
-SIZE, BATCH, BATCHES = 10, 4, 3  # the last batch has two
-TOKENIZER = byte_tokenizer(None)
-PAIRS = [Pair(f"{row}+{row}", f"is {2 * row}, I think" + "!" * (row % 3)) for row in range(SIZE)]
-DATA = TokenizedPairs(PAIRS, TOKENIZER, 64)
-
-
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(TOKENIZER), max_position_embeddings=128, tie_word_embeddings=True, **sizes)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
 
 
 class Tuner(LightningModule):
@@ -64,7 +48,7 @@ class Tuner(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-class Run:
+class Run(TokenRun):
     """Three epochs of three batches; ``beta`` is 0, 0.4 and 0.8."""
 
     def __init__(
@@ -92,34 +76,6 @@ class Run:
         )  # fmt: skip
         self.trainer = trainer(self.sampler, self.callback, *more, max_epochs=epochs, **(settings or {}))
         self.trainer.fit(self.module, self.loader, ckpt_path=ckpt_path, weights_only=True)
-
-    @property
-    def weights(self):
-        return b"".join(value.detach().numpy().tobytes() for value in self.module.parameters())
-
-    @property
-    def moments(self):
-        return [(row["version"], row["step"], row["epoch"]) for row in self.callback.history]
-
-    def version(self, number, name):
-        (folder,) = self.buffer.table.path.glob(f"version-{number}-*")
-        return np.load(folder / f"{name}.npy")
-
-    def settings(self, number):
-        """What a version was generated with."""
-        (about,) = self.buffer.table.path.glob(f"version-{number}-*/version.json")
-        return json.loads(about.read_text())["meta"]["settings"][str(number)]
-
-    def inputs(self, row, epoch, version):
-        """The sample's tokens, mixed from a version."""
-        item = DATA[row]
-        places = np.flatnonzero(item["labels"].numpy() != -100)
-        begin = self.version(version, "offsets")[row]
-        own = self.version(version, "tokens")[begin : begin + len(places)]
-        tokens = item["input_ids"].numpy().copy()
-        replaced = self.target.replaced(np.array([row]), np.array([len(places)]), epoch, 1)
-        tokens[places[replaced]] = own[replaced]
-        return tokens.tolist()
 
     def check(self, versions):
         """Each batch is mixed from the version of its epoch, with the epoch's beta."""
@@ -249,25 +205,8 @@ def test_a_budget_refreshes_the_highest_losses(tmp_path):
     assert run.callback.history[1]["refreshed"] == lengths[list(fresh)].sum() / lengths.sum()
 
 
-class Figures(Logger):
-    """Keeps what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    name, version = "figures", 0
-
-    def log_metrics(self, metrics, step=None):
-        if any(name.startswith("tokens/") for name in metrics):
-            self.rows.append((step, {name.removeprefix("tokens/"): value for name, value in metrics.items()}))
-
-    def log_hyperparams(self, *args):
-        pass
-
-
 def test_what_is_logged(tmp_path):
-    loggers = [Figures(), Figures()]
+    loggers = [Figures("tokens/"), Figures("tokens/")]
     run = Run(tmp_path, settings={"logger": loggers}, drift=0.0)
     assert loggers[0].rows == loggers[1].rows
     assert [step for step, _ in loggers[0].rows] == [0, 3, 6]
@@ -286,7 +225,7 @@ def test_what_is_logged(tmp_path):
 
 
 def test_corrections(tmp_path):
-    logger = Figures()
+    logger = Figures("tokens/")
     run = Run(tmp_path, target=CorrectionDataset, follows=False, max_new_tokens=5, settings={"logger": logger})
     assert run.moments == [(1, 0, 0), (2, 3, 1), (3, 6, 2)]
     assert run.target.epoch == 2
