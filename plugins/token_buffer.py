@@ -127,7 +127,7 @@ class Rows:
         digests: uint64 (B,), of each row's reference tokens.
         versions: int32 (B,), in which each row was generated; 0: not yet.
         meta: the version's notes; ``meta["settings"][str(version)]`` are those of the version >= 1 that a row is of,
-            with ``beta``, the share of replaced tokens, and ``epoch``.
+            with its ``epoch``, and of tokens ``beta``, the share that was replaced.
     """
 
     tokens: Ragged

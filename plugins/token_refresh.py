@@ -206,7 +206,6 @@ def refresh_attempts(
         "temperature": settings["temperature"],
         "seed": corrections.seed,
         "epoch": epoch,
-        "beta": 1.0,
     }
     counts, seconds = write_version(owner, model, corrections.buffer, write, meta=meta, capacity=most, running=running)
     return {

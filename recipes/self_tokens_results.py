@@ -100,7 +100,7 @@ def verdicts(row: Row, base: str) -> str:
 def findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
     """A sentence on each arm and plain arm, whichever way it went, and on the time."""
     sentences, named = [], {row["arm"]: row for row in rows}
-    for base, cost in (("plain", _steps), ("timed", _seconds)):
+    for base, cost in zip(BASES, (_steps, _seconds), strict=True):
         for row in rows:
             if row[f"loss_{base}"] is not None:
                 arms = f"{labels[row['arm']]} ({cost(row)}), less plain fine-tuning"
