@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from samplewise.cuda_ext.checks import integer
+
+MOST_PLANS = 10_000  # an epoch of fixed length is at most so many times the data set
+
 Arrange = Callable[[NDArray[np.int64], np.random.Generator, int], NDArray[np.int64]]
 """``(ids int64 (k,), rng, ranks) -> order int64 (k,)``, see :class:`SamplerOptions`."""
 
@@ -46,6 +50,20 @@ class SamplerOptions(TypedDict, total=False):
     fingerprint: str
     num_replicas: int | None
     rank: int | None
+
+
+def check_epoch_length(owner: str, epoch_length: int | Literal["plan"], size: int) -> int | Literal["plan"]:
+    """``epoch_length``, where it is one for a data set of ``size`` samples.
+
+    Raises:
+        TypeError: neither "plan" nor an integer.
+        ValueError: less than 1, or very many times the data set.
+    """
+    if epoch_length == "plan":
+        return "plan"
+    return integer(
+        owner, "epoch_length", epoch_length, 1, MOST_PLANS * size, what="'plan', or the samples of an epoch,"
+    )
 
 
 def check_arrange(owner: str, arrange: Any, shuffle: bool) -> Arrange | None:

@@ -133,13 +133,15 @@ def write_weights(ledger: Ledger, segments: tuple[Segment, ...], seed: int, shuf
 class Order:
     """One epoch as one rank sees it.
 
-    Rank r of W takes the positions r, r + W, r + 2 W, ... of the epoch's ids. ``total`` is a multiple of W: the epoch's
-    first ids are repeated at its end to fill it up, or its last ones are left out (``drop_last``).
+    Rank r of W takes the positions b + r, b + r + W, b + r + 2 W, ... of the epoch's ids, b being ``begin``.
+    ``total - begin`` is a multiple of W: the epoch's first ids are repeated at its end to fill it up, or its last ones
+    are left out (``drop_last``).
 
     Attributes:
         segments: stretches of plans, one after another.
         total: positions of all ranks together.
         arranged: int64 (k,), all ids of the epoch in an order that takes the shuffle's place.
+        begin: the positions before it were trained on by another number of ranks.
     """
 
     segments: tuple[Segment, ...]
@@ -149,19 +151,24 @@ class Order:
     seed: int
     shuffle: bool
     arranged: NDArray[np.int64] | None = None
+    begin: int = 0
 
     @property
     def length(self) -> int:
         """Positions of this rank."""
-        return self.total // self.num_replicas
+        return (self.total - self.begin) // self.num_replicas
+
+    def index_of(self, position: int) -> int:
+        """How many of this rank's ids stand before a position of the epoch."""
+        return (position - self.begin) // self.num_replicas
 
     def ids(self, start: int, stop: int) -> NDArray[np.int64]:
         """This rank's ids number ``start`` to ``stop``: int64 (stop - start,)."""
         if self.arranged is not None:
-            positions = self.rank + np.arange(start, stop) * self.num_replicas
+            positions = self.begin + self.rank + np.arange(start, stop) * self.num_replicas
             return self.arranged[positions % len(self.arranged)]
         parts = []
-        position = self.rank + start * self.num_replicas
+        position = self.begin + self.rank + start * self.num_replicas
         left = stop - start
         ends = list(accumulate(map(len, self.segments)))
         while left:
@@ -211,7 +218,8 @@ class OrderIterator(Iterator[int]):
 
     def state_dict(self) -> dict[str, int]:
         """``epoch`` and ``position`` (ids handed out on all ranks together); JSON-able."""
-        return {"version": VERSION, "epoch": self._epoch, "position": self._index * self._order.num_replicas}
+        position = self._order.begin + self._index * self._order.num_replicas
+        return {"version": VERSION, "epoch": self._epoch, "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the saved position; the sampler must be at the saved epoch already, or at the start of the next."""
@@ -226,4 +234,4 @@ class OrderIterator(Iterator[int]):
                 f"The loader's state is of epoch {state['epoch']}, the sampler is at epoch {self._epoch}: call "
                 f"sampler.load_state_dict(...) with the state saved beside it before the loader is iterated."
             )
-        self._move_to(min(state["position"] // self._order.num_replicas, self._order.length))
+        self._move_to(min(self._order.index_of(state["position"]), self._order.length))

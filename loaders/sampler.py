@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -19,13 +17,13 @@ from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.ops import MAX_SIZE
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.epoch import SharedEpoch
-from samplewise.loaders.options import Arrange, arrange_name, check_arrange
-from samplewise.loaders.order import Order, OrderIterator, Segment, arranged_ids, next_stretches, write_weights
+from samplewise.loaders.epoch_plan import EpochPlan
+from samplewise.loaders.guard import ReshardingWatch, begin_again, check_due
+from samplewise.loaders.options import Arrange, arrange_name, check_arrange, check_epoch_length
+from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.seeding import generator
 from samplewise.loaders.state import VERSION, checked_state
-
-MOST_PLANS = 10_000  # an epoch of fixed length is at most so many times the data set
 
 
 class PlannedSampler(DistributedSampler[int], ABC):
@@ -43,6 +41,9 @@ class PlannedSampler(DistributedSampler[int], ABC):
         ledger: the per-sample statistics, :class:`samplewise.cuda_ext.Ledger`.
         shared_epoch: the current epoch, :attr:`epoch`, for data sets that draw by it in worker processes.
         recording: set it to False while losses must not be recorded (validation).
+        sharding: who deals the ids out to the ranks: "sampler", or "loader" (accelerate's), which then gets all of
+            them on every rank. Losses are counted and merged over the ranks in both cases.
+        on_plan: called, without arguments, whenever the plan of an epoch is settled.
         plan_seconds: seconds that the last planning took, the ledger's sync included.
     """
 
@@ -68,10 +69,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         name = type(self).__name__
         size = ledger.check_size(name, size)
         self.seed = integer(name, "seed", seed, 0)
-        self.epoch_length: int | Literal["plan"] = "plan"
-        if epoch_length != "plan":
-            what = "'plan', or the samples of an epoch,"
-            self.epoch_length = integer(name, "epoch_length", epoch_length, 1, MOST_PLANS * size, what=what)
+        self.epoch_length = check_epoch_length(name, epoch_length, size)
         self.ledger = Ledger(size, ema=ema, device=device, fingerprint=fingerprint)
         self.num_replicas = None if num_replicas is None else integer(name, "num_replicas", num_replicas, 1)
         self._rank = None if rank is None else integer(name, "rank", rank, 0, (num_replicas or MAX_SIZE) - 1)
@@ -82,13 +80,15 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.drop_last = drop_last
         self.shared_epoch = SharedEpoch()
         self.recording = True
+        self.sharding: Literal["sampler", "loader"] = "sampler"
+        self.on_plan: Callable[[], None] | None = None
         self.plan_seconds = 0.0
-        self._segments: tuple[Segment, ...] = ()
+        self._epoch_plan: EpochPlan | None = None  # of the current epoch, once it is made
+        self._last: Segment | None = None  # the last stretch of any plan so far
         self._previous_order: Order | None = None
-        self._arranged: tuple[int, NDArray[np.int64]] | None = None  # for so many ranks
-        self._ranks: int | None = None  # for which the epoch in progress was arranged before it was saved
-        self._planned = self._weighted = self._set_epoch_called = False
+        self._weighted = self._set_epoch_called = False
         self._cursor = Cursor.at_start(step=0)
+        self._watch = ReshardingWatch()
 
     # --- what a method writes -----------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         begin = perf_counter()
         self.sync()
         self.epoch = epoch
-        self._planned = False
+        self._epoch_plan = None
         self._cursor = Cursor.at_start(self.step)
         self._previous_order = None
         self._make_epoch(begin)
@@ -127,26 +127,22 @@ class PlannedSampler(DistributedSampler[int], ABC):
     @property
     def current_plan(self) -> Plan:
         """What the current epoch trains on; with a fixed ``epoch_length``, the stretches of plans it consists of."""
-        self._ensure_planned()
-        if len(self._segments) == 1 and self._segments[0].is_whole:
-            return self._segments[0].plan
-        parts = [segment.shown(self.seed, self.shuffle) for segment in self._segments]
-        ids, weights = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Plan(ids, weights if self._weighted else None)
+        return self._settled().plan
 
-    def _ensure_planned(self) -> None:
-        if not self._planned:
+    def _settled(self) -> EpochPlan:
+        """The current epoch's plan, made now where there is none yet."""
+        if self._epoch_plan is None:
             self._make_epoch(perf_counter())
+        assert self._epoch_plan is not None
+        return self._epoch_plan
 
     def _make_epoch(self, begin: float) -> None:
         if self.epoch_length == "plan":
             plan = self._make_plan(self.epoch)
-            self._segments = (Segment(plan, self.epoch, 0, len(plan)),)
+            segments: tuple[Segment, ...] = (Segment(plan, self.epoch, 0, len(plan)),)
         else:
-            last = self._segments[-1] if self._segments else None
-            self._segments = next_stretches(int(self.epoch_length), last, self.epoch, self._make_plan)
-        self._arranged = self._ranks = None
-        self._finish_epoch()
+            segments = next_stretches(int(self.epoch_length), self._last, self.epoch, self._make_plan)
+        self._settle(segments)
         self.plan_seconds = perf_counter() - begin
 
     def _make_plan(self, number: int) -> Plan:
@@ -155,17 +151,20 @@ class PlannedSampler(DistributedSampler[int], ABC):
             raise TypeError(f"{type(self).__name__}.plan: must return a Plan, not {type(plan).__name__}.")
         return plan.check(self.size, f"{type(self).__name__}.plan({number})")
 
-    def _finish_epoch(self) -> None:
-        weighted = any(segment.plan.weights is not None for segment in self._segments)
-        if weighted:
-            write_weights(self.ledger, self._segments, self.seed, self.shuffle)
+    def _settle(self, segments: tuple[Segment, ...], **resumed: Any) -> None:
+        options = self.seed, self.shuffle, self.drop_last, self.arrange
+        now = EpochPlan(type(self).__name__, segments, self.epoch, *options, **resumed)
+        if now.weighted:
+            write_weights(self.ledger, segments, self.seed, self.shuffle)
         elif self._weighted:
             self.ledger.clear_weights()
-        self._weighted, self._planned = weighted, True
+        self._weighted, self._last, self._epoch_plan = now.weighted, segments[-1], now
+        if self.on_plan is not None:
+            self.on_plan()
 
     def grow(self, size: int) -> None:
         """Make room for the samples of a data set that grew; from the next plan on they are planned, as unseen ones."""
-        self._ensure_planned()
+        self._settled()
         self.ledger.grow(size)
         self.size = self.ledger.size
         self.dataset = range(self.size)
@@ -204,47 +203,45 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     @property
     def total_size(self) -> int:  # type: ignore[override]
-        """Samples of the current epoch on all ranks together, a multiple of the world size."""
-        self._ensure_planned()
-        length = sum(segment.stop - segment.start for segment in self._segments)
-        shares = length // self.num_replicas if self.drop_last else -(-length // self.num_replicas)
-        if shares == 0:
-            raise ValueError(
-                f"{type(self).__name__}(drop_last=True): the plan of {length} samples leaves none for each of "
-                f"{self.num_replicas} ranks."
-            )
-        return shares * self.num_replicas
+        """Samples of the current epoch on all ranks together.
+
+        A multiple of the world size, unless the epoch was begun by another number of ranks.
+        """
+        return self._settled().total(self.num_replicas)
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]
         """Samples that this rank gets in the current epoch."""
-        return self.total_size // self.num_replicas
+        world, begin = self.num_replicas, self._settled().begin_for(self.num_replicas)
+        return -(-begin // world) + (self.total_size - begin) // world
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_samples if self.sharding == "sampler" else self.total_size
 
     def __iter__(self) -> Iterator[int]:
         # Never behind the back of a loop that calls set_epoch(): it may just look at a batch, or evaluate.
         if not self._set_epoch_called and self._cursor.is_left(self.total_size):
             self._go_to(self.epoch + 1)
-        start = self._cursor.start // self.num_replicas
+        order = self._order()
         self._cursor.begin()
-        return OrderIterator(self._order(), self.epoch, start, self._previous_order, self._cursor.mark_drawn)
+        start = order.index_of(self._cursor.start)
+        return OrderIterator(order, self.epoch, start, self._previous_order, self._cursor.mark_drawn)
 
     def _order(self) -> Order:
-        total = self.total_size  # makes the plan where there is none yet
-        ids = self._arranged_ids()
-        return Order(self._segments, total, self.rank, self.num_replicas, self.seed, self.shuffle, ids)
+        return self._settled().order(self.num_replicas, self.rank if self.sharding == "sampler" else None)
 
-    def _arranged_ids(self) -> NDArray[np.int64] | None:
-        """Made when first asked for, since only then the number of ranks is sure; it is the same on all of them."""
-        if self.arrange is None:
-            return None
-        world = self._ranks or self.num_replicas
-        if self._arranged is None or self._arranged[0] != world:
-            name = type(self).__name__
-            self._arranged = world, arranged_ids(self.arrange, name, self._segments, self.seed, self.epoch, world)
-        return self._arranged[1]
+    def check_due(self, ids: Tensor, owner: str, fix: str) -> None:
+        """For a framework's callback: see that a batch that comes now is the sampler's, before it is trained on.
+
+        Args:
+            ids: integer (B,), this rank's batch.
+            owner: the callback, for the message.
+            fix: what to change in the framework's settings, the end of the message.
+
+        Raises:
+            RuntimeError: the ids are not among those that are due.
+        """
+        check_due(owner, ids, self._order(), self.consumed, self.num_replicas, fix)
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
@@ -276,28 +273,26 @@ class PlannedSampler(DistributedSampler[int], ABC):
             losses = losses.expand(ids.numel())
         if not (self.recording and torch.is_grad_enabled()):
             return losses.mean()
-        self._ensure_planned()
+        self._settled()
         self.ledger.update(ids, losses, scores=scores)
         if self._cursor.iterated_again:
-            self._start_again(ids)
+            begin_again(type(self).__name__, ids, self._order(), self._cursor, self._first_of(ids))
+        if not self._watch.done:
+            self._look_for_resharding(ids)
         self._cursor.count(ids.numel() * self.num_replicas)
         if self._weighted or self.ledger.is_captured:
             return (self.ledger.weights(ids, device=losses.device) * losses).mean()
         return losses.mean()
 
-    def _start_again(self, ids: Tensor) -> None:
-        """The loop left the epoch early and iterates it once more, unless it only looked at the first batch."""
-        cursor = self._cursor
-        cursor.iterated_again = False
-        order, share = self._order(), self.num_replicas
-        first, here = (order.ids(done // share, done // share + 1)[0] for done in (cursor.start, cursor.consumed))
-        if ids.numel() and int(ids[0]) == first and (first != here or cursor.consumed >= order.total):
-            warnings.warn(
-                f"{type(self).__name__}: epoch {self.epoch} was left early and begins again, with the same samples in "
-                f"the same order. Call set_epoch() before each pass.",
-                stacklevel=3,
-            )
-            cursor.consumed = cursor.start
+    def _first_of(self, ids: Tensor) -> int:
+        """Where this rank's first batch stands in the order that the loader deals out."""
+        return self.rank * ids.numel() if self.sharding == "loader" else 0
+
+    def _look_for_resharding(self, ids: Tensor) -> None:
+        if self.num_replicas == 1 or self.sharding == "loader":
+            self._watch.done = True
+        else:
+            self._watch.look(type(self).__name__, ids, self._order())
 
     @property
     def consumed(self) -> int:
@@ -354,16 +349,14 @@ class PlannedSampler(DistributedSampler[int], ABC):
         planned one (12 with weights; none for a ``range``), and a few integers. With several ranks call :meth:`sync` on
         all of them first.
         """
-        self._ensure_planned()
+        now = self._settled()
         return {
             "version": VERSION,
             **self._identity(),
             "size": self.size,
             "epoch": self.epoch,
             "cursor": self._cursor.tensor,
-            "total": self.total_size,
-            "ranks": self._ranks or self.num_replicas,
-            "segments": [segment.state() for segment in self._segments],
+            **now.state(self.num_replicas),
             "ledger": self.ledger.state_dict(),
         }
 
@@ -375,7 +368,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was saved: the next iterator starts behind the consumed samples.
 
-        A state that was saved when its epoch was over continues with the next epoch.
+        A state that was saved when its epoch was over continues with the next epoch. One that was saved by another
+        number of ranks goes on with its epoch: what is left of it is dealt out to those that are here now.
 
         Raises:
             ValueError: the state is damaged, or of another version, method, seed or data set; nothing is changed then.
@@ -384,10 +378,10 @@ class PlannedSampler(DistributedSampler[int], ABC):
         segments = tuple(Segment.from_state(part, state["size"]) for part in state["segments"])
         cursor = Cursor.from_tensor(state["cursor"])
         self.ledger.load_state_dict(state["ledger"])
-        self.epoch, self._segments, self._cursor = state["epoch"], segments, cursor
-        self._previous_order = self._arranged = None
-        self._ranks = state["ranks"] if cursor.consumed else None
-        self._finish_epoch()
+        self.epoch, self._cursor = state["epoch"], cursor
+        self._previous_order = None
+        left = {"begin": state["begin"], "world": state["world"], "left_at": cursor.consumed} if cursor.consumed else {}
+        self._settle(segments, arranged_for=state["ranks"] if cursor.consumed else None, **left)
         if self._cursor.is_complete(state["total"]):  # what comes next is a plan of the ledger just loaded
             if state["ledger"]["pending"]:
                 self.ledger.sync()
@@ -396,3 +390,5 @@ class PlannedSampler(DistributedSampler[int], ABC):
             self._cursor = Cursor.at_start(self.step)
             self._make_epoch(perf_counter())
             self._previous_order = previous
+        elif state["world"] not in (None, self.num_replicas):
+            cursor.limit = None  # it was that of the other ranks' loaders
