@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from samplewise.cuda_ext import ops, reference
+from samplewise.cuda_ext import ops, ranks, reference
 from samplewise.cuda_ext.checks import integer, share
-from samplewise.cuda_ext.ranks import gather_rows, rank, world_size
+from samplewise.cuda_ext.totals import Totals
 
 VERSION = 2
 _WIDTH = 8  # columns of a record
 _SYNC_CHUNK = 1 << 20  # entries applied at a time
-_Entry = tuple[Tensor, Tensor, Tensor | None, Tensor]  # ids, losses, scores, step (1,) of one batch
+Entry = tuple[Tensor, Tensor, Tensor | None, Tensor]  # ids, losses, scores, step (1,) of one batch
 _COLUMNS = {
     "loss_last": reference.LOSS_LAST,
     "loss_ema": reference.LOSS_EMA,
@@ -64,11 +66,10 @@ class Ledger:
         self.fingerprint = fingerprint
         self.distributed = distributed
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside
-            self.records = _zeros(self.size, torch.device(device))
-            self.device = self.records.device  # with its index
-            self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
-            self._links = self._make_links()
-        self._pending: list[_Entry] = []
+            self._counters = torch.zeros(3, dtype=torch.int64, device=device)
+            self.device = self._counters.device  # with its index
+            self._allocate()
+        self._pending: list[Entry] = []
 
     def update(self, ids: Tensor, losses: Tensor, *, scores: Tensor | None = None) -> None:
         """Record one loss per entry; a sample that stands several times is updated that often, in batch order.
@@ -101,12 +102,39 @@ class Ledger:
         else:
             self._apply(ids, losses, scores, None)
 
-    def _make_links(self) -> Tensor:
-        """The CUDA kernel's scratch memory: a word a sample."""
-        return torch.zeros(self.size if self.device.type == "cuda" else 0, dtype=torch.int32, device=self.device)
+    def _allocate(self) -> None:
+        self._make_records(self.size)
+
+    def _make_records(self, rows: int) -> None:
+        self.records = _zeros(rows, self.device)
+        # The CUDA kernel's scratch memory: a word a sample.
+        self._links = torch.zeros(rows if self.device.type == "cuda" else 0, dtype=torch.int32, device=self.device)
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which of how many shards the rows here are: (0, 1), since all are here."""
+        return 0, 1
+
+    @property
+    def ids(self) -> range:
+        """The ids of the rows here, all N."""
+        return range(self.size)
+
+    def ids_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids of ``rows`` int64 (k,), places in what :meth:`column` gives: the same numbers."""
+        return rows
+
+    def rows_of(self, ids: range | NDArray[np.int64]) -> range | NDArray[np.int64]:
+        """The rows of ``ids`` (k,), places in what :meth:`column` gives: the same numbers."""
+        return ids
+
+    @property
+    def totals(self) -> Totals:
+        """Sums, order statistics and histograms of values that stand in :meth:`column`'s places, of all samples."""
+        return Totals()
 
     def _shared(self) -> bool:
-        return self.distributed and world_size() > 1
+        return self.distributed and ranks.world_size() > 1
 
     def _keep_aside(self, ids: Tensor, losses: Tensor, scores: Tensor | None) -> None:
         if ids.device.type == "cpu":
@@ -125,6 +153,13 @@ class Ledger:
         scores = None if scores is None else self._here(scores)
         steps = None if steps is None else self._here(steps)
         ops.ledger_update(self.records, self._counters, self._links, ids, losses, scores, steps, self.ema)
+
+    def _apply_by(self, keys: Tensor, integers: Tensor, values: Tensor) -> None:
+        """Apply what :func:`pack` gave, in the order of ``keys`` int64 (n,), equal ones as they stand."""
+        for part in torch.sort(keys, stable=True).indices.split(_SYNC_CHUNK):
+            rows, steps = integers[part].unbind(1)
+            losses, scores = values[part].unbind(1)
+            self._apply(rows, losses, scores, steps)
 
     def _here(self, values: Tensor) -> Tensor:
         if values.device == self.device:
@@ -207,10 +242,9 @@ class Ledger:
         if size < self.size:
             raise ValueError(f"Ledger.grow(size={size}): the ledger has {self.size} records and never shrinks.")
         with torch.inference_mode(False):
-            records = _zeros(size, self.device)
-            records[: self.size] = self.records
-            self.records, self.size = records, size
-            self._links = self._make_links()
+            old, self.size = self.records, size
+            self._allocate()
+            self.records[: len(old)] = old
 
     def sync(self) -> None:
         """Merge what all ranks observed since the last sync. Collective: every rank calls it, or none.
@@ -222,17 +256,13 @@ class Ledger:
             IndexError: ids outside [0, N) were observed on a GPU since the ledger was made.
         """
         if self._shared():
-            integers, values = gather_rows(*_pack(self._pending))
+            integers, values = ranks.gather_rows(*pack(self._pending))
             self._pending.clear()
             reference.check_ids(integers[:, 0].numpy(), self.size)
-            order = torch.sort(integers[:, 1], stable=True).indices  # the gather is in rank order already
-            for part in order.split(_SYNC_CHUNK):
-                ids, steps = integers[part].unbind(1)
-                losses, scores = values[part].unbind(1)
-                self._apply(ids, losses, scores, steps)
-            if order.numel():
-                last = int(integers[order[-1], 1])
-                self._counters[reference.UPDATES] = max(self.updates, last + 1)
+            steps = integers[:, 1]
+            self._apply_by(steps, integers, values)  # the gather is in rank order already
+            if steps.numel():
+                self._counters[reference.UPDATES] = max(self.updates, int(steps.max()) + 1)
         if self.device.type == "cuda" and (outside := int(self._counters[reference.OUT_OF_RANGE])):
             raise IndexError(
                 f"ids: {outside} observed ids were outside [0, {self.size}), the rows of the data set that the ledger "
@@ -253,7 +283,7 @@ class Ledger:
             "records": self.records,
             "counters": self._counters,
             "pending": self._pending,
-            "rank": [rank(), world_size()],
+            "rank": [ranks.rank(), ranks.world_size()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,6 +303,13 @@ class Ledger:
             raise ValueError(f"Ledger state: version {state.get('version')} was saved, this release reads {VERSION}.")
         if missing := [key for key in self.state_dict() if key not in state]:
             raise ValueError(f"Ledger state: it lacks {', '.join(missing)}; it is damaged, or no ledger's.")
+        dealt = tuple(state.get("shard", (0, 1)))
+        if dealt != self.shard:
+            raise ValueError(
+                f"Ledger state: it is shard {dealt[0]} of {dealt[1]}, and this process holds shard {self.shard[0]} of "
+                f"{self.shard[1]}. Load the shard that this rank saved; for another number of ranks deal all saved "
+                f"shards anew: samplewise.cuda_ext.sharded.reshard(states, {self.shard[1]})."
+            )
         if state["size"] != self.size:
             raise ValueError(
                 f"Ledger state: it was saved for a data set of {state['size']} samples, this one has {self.size}. "
@@ -292,7 +329,7 @@ class Ledger:
                     f"Ledger state: its {name} are {state[name].dtype} {tuple(state[name].shape)}, but must be "
                     f"{own.dtype} {tuple(own.shape)}: something converted or cut them."
                 )
-        if state["pending"] and list(state["rank"]) != [rank(), world_size()]:
+        if state["pending"] and list(state["rank"]) != [ranks.rank(), ranks.world_size()]:
             raise ValueError(
                 f"Ledger state: it holds observations that only rank {state['rank'][0]} of {state['rank'][1]} made. "
                 f"Call sync() on every rank before state_dict()."
@@ -333,12 +370,19 @@ def _vector(name: str, values: Tensor, ids: Tensor) -> Tensor:
     return values if values.dtype is torch.float32 else values.to(torch.float32)
 
 
-def _pack(pending: list[_Entry]) -> tuple[Tensor, Tensor]:
+def pack(pending: list[Entry]) -> tuple[Tensor, Tensor]:
     """The observations as int64 (n, 2) of (id, step) and float32 (n, 2) of (loss, score), NaN where there is none."""
-    integers = [torch.empty(0, 2, dtype=torch.int64, device="cpu")]
-    values = [torch.empty(0, 2, dtype=torch.float32, device="cpu")]
-    for ids, losses, scores, step in pending:
-        integers.append(torch.stack([ids, step.to(ids.device).expand_as(ids)], dim=1).cpu())
-        scores = torch.full_like(losses, torch.nan) if scores is None else scores.to(losses.device)
-        values.append(torch.stack([losses, scores], dim=1).cpu())
-    return torch.cat(integers), torch.cat(values)
+    if not pending:
+        return torch.empty(0, 2, dtype=torch.int64, device="cpu"), torch.empty(0, 2, device="cpu")
+    ids, losses, _, steps = zip(*pending, strict=True)
+    scores = [torch.full_like(batch, torch.nan) if marks is None else marks for _, batch, marks, _ in pending]
+    lengths = torch.tensor([batch.numel() for batch in ids], device="cpu")
+    integers = torch.stack([_joined(ids), _joined(steps).repeat_interleave(lengths)], dim=1)
+    return integers, torch.stack([_joined(losses), _joined(scores)], dim=1)
+
+
+def _joined(batches: Sequence[Tensor]) -> Tensor:
+    """All batches one after another, on the CPU."""
+    if len({batch.device for batch in batches}) == 1:
+        return torch.cat(batches).cpu()  # type: ignore[arg-type]
+    return torch.cat([batch.cpu() for batch in batches])

@@ -11,7 +11,7 @@ and in place. ``sample_losses``, which is differentiable, stands in :mod:`sample
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf, isfinite
 from typing import Any
 
@@ -188,7 +188,10 @@ def histogram(values: Tensor, *, low: float | None = None, high: float | None = 
         raise ValueError(f"histogram(values=...): values must have shape (M,), not {tuple(values.shape)}.")
     bins = integer("histogram", "bins", bins, 1 << 9, 1 << 24)  # a bin never crosses a power of two
     if low is None or high is None:
-        smallest, largest = _range(values)
+        ends = finite_range(values)
+        if ends is None:
+            raise ValueError("histogram(values=...): there is no finite value.")
+        smallest, largest = ends
         low, high = smallest if low is None else low, largest if high is None else high
     if not low <= high:
         raise ValueError(f"histogram(low={low}, high={high}): low must not be above high.")
@@ -220,11 +223,18 @@ def order_statistics(values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32
     if values.numel() <= _FEW:
         finite = np.sort(values[values.isfinite()].cpu().numpy())
         return finite[[integer("order_statistics", "rank", rank, 0, finite.size - 1) for rank in ranks]]
-    coarse = histogram(values)
+    return counted_order_statistics(histogram, values, ranks)
+
+
+def counted_order_statistics(
+    count: Callable[..., Histogram], values: Tensor, ranks: Sequence[int]
+) -> NDArray[np.float32]:
+    """As :func:`order_statistics`, from histograms alone: ``count`` makes them, with :func:`histogram`'s arguments."""
+    coarse = count(values)
     found = []
     for rank in ranks:
         at, before = coarse.bin_of(integer("order_statistics", "rank", rank, 0, coarse.count - 1))
-        fine = histogram(values, low=float(coarse.edges[at]), high=float(coarse.ends[at]))  # one key a bin
+        fine = count(values, low=float(coarse.edges[at]), high=float(coarse.ends[at]))  # one key a bin
         found.append(fine.edges[fine.bin_of(rank - before)[0]])
     return np.array(found, dtype=np.float32)
 
@@ -239,12 +249,12 @@ def _check_float32(owner: str, name: str, values: Tensor) -> None:
         raise TypeError(f"{owner}({name}=...): {name} must be a float32 tensor, not {kind}; convert it first.")
 
 
-def _range(values: Tensor) -> tuple[float, float]:
-    """The smallest and the largest finite value."""
+def finite_range(values: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest finite one of float32 values (M,), None where none is."""
     low, high = (float(end) for end in values.aminmax()) if values.numel() else (inf, inf)
     if not (isfinite(low) and isfinite(high)):
         values = values[values.isfinite()]
         if values.numel() == 0:
-            raise ValueError("histogram(values=...): there is no finite value.")
+            return None
         low, high = (float(end) for end in values.aminmax())
     return low, high
