@@ -16,7 +16,7 @@ BATCHES = 3
 """Batches that are looked at before a sampler is trusted."""
 
 
-def check_due(owner: str, ids: Tensor, order: Order, position: int, ranks: int, fix: str) -> None:
+def check_due(owner: str, ids: Tensor, order: Order, position: int, samples: int, fix: str) -> None:
     """Raise unless the ids of a batch are among those due.
 
     Args:
@@ -24,29 +24,22 @@ def check_due(owner: str, ids: Tensor, order: Order, position: int, ranks: int, 
         ids: integer (B,), of this rank's batch.
         order: this rank's, or that of all ranks together, where the loader deals the ids out.
         position: where the epoch stands, over all ranks.
-        ranks: number of ranks.
+        samples: that come next, over all ranks.
         fix: what to change, the end of the message.
 
     Raises:
         RuntimeError: other ids.
     """
     got = ids.cpu().numpy()
-    start = order.index_of(position)
-    count = got.size * ranks // order.num_replicas
+    start, count = order.index_of(position), samples // order.num_replicas
     due = order.ids(start, min(start + count, order.length))
-    if start + count > order.length:  # what a loader fills the last batches up with
-        filling = [order.ids(first, min(first + count, order.length)) for first in (0, _begin(order, start, count))]
-        due = np.concatenate([due, *filling])
+    if start + count > order.length:  # loaders fill the last batches up with the first ones that they have seen
+        due = np.concatenate([due, order.ids(0, min(start, order.length))])
     if not np.isin(got, due).all():
         raise RuntimeError(
             f"{owner}: the batch holds the samples {_some(got)}, but {_some(due)} are due, so the loader has another "
             f"sampler, or something deals the sampler's ids out once more. {fix}"
         )
-
-
-def _begin(order: Order, start: int, count: int) -> int:
-    """Where an iterator may have begun that is at its end now: a multiple of the batches before, at least."""
-    return start % count if count else 0
 
 
 def _some(ids: NDArray[np.int64]) -> str:
@@ -81,29 +74,67 @@ class ReshardingWatch:
 
     Rank r of W then gets every W-th batch of its own, r, r + W, r + 2 W, ..., and the others are lost. It is said after
     a few batches that show this very pattern, where an Accelerator is in use and the sampler was not told of it.
+
+    Attributes:
+        done: whether there is nothing more to look at.
     """
 
     def __init__(self) -> None:
         self._shown = 0
         self.done = False
 
-    def look(self, owner: str, ids: Tensor, order: Order) -> None:
-        """Look at one batch of an epoch's beginning.
+    def look(self, owner: str, ids: Tensor, order: Order, position: int, ranks: int) -> None:
+        """Look at one of the first batches.
+
+        Args:
+            owner: the sampler's class, for the message.
+            ids: integer (B,).
+            order: of the loader's ids.
+            position: where the epoch stands, over all ranks.
+            ranks: number of ranks.
 
         Raises:
             RuntimeError: the pattern is there.
         """
-        size, world = ids.numel(), order.num_replicas
-        first = (self._shown * world + order.rank) * size
-        seen = first + size <= order.length and np.array_equal(ids.cpu().numpy(), order.ids(first, first + size))
-        self.done = not seen or not _accelerate_in_use()
+        size = ids.numel()
+        first = (self._shown * ranks + order.rank) * size
+        shown = ranks > 1 and first + size <= order.length and _accelerate_in_use()
+        self.done = not (shown and np.array_equal(ids.cpu().numpy(), order.ids(first, first + size)))
         self._shown += 1
         if not self.done and self._shown == BATCHES:
             raise RuntimeError(
                 f"{owner}: accelerate deals the sampler's ids out to the ranks a second time, so that this rank gets "
-                f"one batch in {world} of its own and the others are lost. After accelerator.prepare(...), call "
-                f"samplewise.callbacks.huggingface.attach(accelerator, sampler)."
+                f"one batch in {ranks} of its own and the others are lost. After loader = accelerator.prepare(loader), "
+                f"call samplewise.callbacks.huggingface.attach(accelerator, loader)."
             )
+
+
+class DueWatch:
+    """Looks whether the first batches are those that are due, where the loader deals out the ids.
+
+    Args:
+        step: samples of one step, all ranks together.
+        fix: what to change where they are not, the end of the message.
+
+    Attributes:
+        done: whether there is nothing more to look at.
+    """
+
+    def __init__(self, step: int, fix: str):
+        self._step, self._fix = step, fix
+        self._left = BATCHES
+        self.done = False
+
+    def look(self, owner: str, ids: Tensor, order: Order, position: int, ranks: int) -> None:
+        """Look at one of the first batches; a step may be observed in pieces.
+
+        Raises:
+            RuntimeError: other ids than those of this step or the next.
+        """
+        start = position - (position - order.begin) % self._step
+        check_due(owner, ids, order, start, 2 * self._step, self._fix)
+        self._left -= 1
+        self.done = not self._left
 
 
 def _accelerate_in_use() -> bool:

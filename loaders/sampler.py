@@ -18,7 +18,7 @@ from samplewise.cuda_ext.ops import MAX_SIZE
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.epoch import SharedEpoch
 from samplewise.loaders.epoch_plan import EpochPlan
-from samplewise.loaders.guard import ReshardingWatch, begin_again, check_due
+from samplewise.loaders.guard import DueWatch, ReshardingWatch, begin_again, check_due
 from samplewise.loaders.options import Arrange, arrange_name, check_arrange, check_epoch_length
 from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
 from samplewise.loaders.plan import Plan
@@ -43,6 +43,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         recording: set it to False while losses must not be recorded (validation).
         sharding: who deals the ids out to the ranks: "sampler", or "loader" (accelerate's), which then gets all of
             them on every rank. Losses are counted and merged over the ranks in both cases.
+        watch: looks at the first batches that are observed, whether they are the sampler's.
         on_plan: called, without arguments, whenever the plan of an epoch is settled.
         plan_seconds: seconds that the last planning took, the ledger's sync included.
     """
@@ -88,7 +89,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self._previous_order: Order | None = None
         self._weighted = self._set_epoch_called = False
         self._cursor = Cursor.at_start(step=0)
-        self._watch = ReshardingWatch()
+        self.watch: ReshardingWatch | DueWatch = ReshardingWatch()
 
     # --- what a method writes -----------------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         Raises:
             RuntimeError: the ids are not among those that are due.
         """
-        check_due(owner, ids, self._order(), self.consumed, self.num_replicas, fix)
+        check_due(owner, ids, self._order(), self.consumed, ids.numel() * self.num_replicas, fix)
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
@@ -277,8 +278,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.ledger.update(ids, losses, scores=scores)
         if self._cursor.iterated_again:
             begin_again(type(self).__name__, ids, self._order(), self._cursor, self._first_of(ids))
-        if not self._watch.done:
-            self._look_for_resharding(ids)
+        if not self.watch.done:
+            self.watch.look(type(self).__name__, ids, self._order(), self.consumed, self.num_replicas)
         self._cursor.count(ids.numel() * self.num_replicas)
         if self._weighted or self.ledger.is_captured:
             return (self.ledger.weights(ids, device=losses.device) * losses).mean()
@@ -287,12 +288,6 @@ class PlannedSampler(DistributedSampler[int], ABC):
     def _first_of(self, ids: Tensor) -> int:
         """Where this rank's first batch stands in the order that the loader deals out."""
         return self.rank * ids.numel() if self.sharding == "loader" else 0
-
-    def _look_for_resharding(self, ids: Tensor) -> None:
-        if self.num_replicas == 1 or self.sharding == "loader":
-            self._watch.done = True
-        else:
-            self._watch.look(type(self).__name__, ids, self._order())
 
     @property
     def consumed(self) -> int:

@@ -210,7 +210,7 @@ def test_ids_that_are_dealt_out_twice(rank, accelerator_exists):
     first, second, third = (torch.tensor(batch) for batch in islice(twice, 3))
     for ids in (first, second):
         sampler.observe(ids, loss_of(ids))
-    with pytest.raises(RuntimeError, match=r"a second time.*attach\(accelerator, sampler\)"):
+    with pytest.raises(RuntimeError, match=r"a second time.*attach\(accelerator, loader\)"):
         sampler.observe(third, loss_of(third))
 
 
