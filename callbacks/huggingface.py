@@ -1,43 +1,78 @@
-"""The HF Trainer's side: `attach` gives a trainer a schedule of bit widths."""
+"""`attach`: the HF Trainer, or an Accelerator's loop, with a planned sampler or a schedule of bit widths."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
+from torch import Tensor
 
-from samplewise.callbacks.switching import Config, Switch
-from samplewise.cuda_ext.checks import optional_import
-from samplewise.cuda_ext.ranks import rank, world_size
+from samplewise.loaders.sampler import PlannedSampler
 from samplewise.loaders.schedule import Schedule
 
-transformers: Any = optional_import("samplewise.callbacks.huggingface", "transformers", "hf")
-STATE_FILE = "samplewise_schedule.json"
+if TYPE_CHECKING:
+    from samplewise.callbacks.switching import Config
+
+Losses = Callable[[Any, Mapping[str, Any]], Tensor]
+"""``(outputs of the model, the batch that it got) -> losses of the samples, (B,)``, with their graph."""
 
 
-def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Config] | None = None) -> SwitchBits:
-    """Let a ``transformers.Trainer`` train its model at several bit widths, one configuration per optimizer step.
+def attach(
+    target: Any,
+    what: PlannedSampler | Schedule,
+    *,
+    evaluate: Config | Sequence[Config] | None = None,
+    losses: Losses | None = None,
+) -> Any:
+    """Join a ``transformers.Trainer`` (trl's ``SFTTrainer`` too) and a planned sampler, or a schedule of bit widths.
 
-    See :class:`~samplewise.callbacks.SwitchBits`, the same for Lightning. Between optimizer steps the model has the
+    ::
+
+        sampler = MyMethod(len(trainer.train_dataset))  # any of samplewise.plugins
+        attach(trainer, sampler)
+        trainer.train()
+
+    **A sampler** decides what the Trainer trains on. Its ids enter in the collator and leave before the model, so that
+    ``remove_unused_columns`` may stay as it is. Each sample's own loss is recorded in training, never in evaluations.
+    What is backpropagated is the Trainer's loss, in which each sample counts by the plan's weight where it has weights;
+    without them, and where all are 1, it is exactly the Trainer's.
+
+    - Epochs have a constant length, since a Trainer counts its steps beforehand: that of the sampler's first plan, or
+      its ``epoch_length``. They run through consecutive plans, and the learning rate reaches its end.
+    - ``samplewise_sampler.pt`` in each checkpoint holds ledger and position. Runs go on exactly from any of them, also
+      on another number of ranks, with the same samples an optimizer step; passing over what is done costs nothing.
+    - ``samplewise/kept`` (share of the data set in the epoch's plan), ``/coverage``, ``/ess``, ``/staleness``,
+      ``/plan_seconds``, ``/saved`` (where an epoch is shorter than the data set) and ``/rejected`` (non-finite losses
+      so far, with a warning) are logged at each epoch's end.
+    - An ``IterableDataset`` whose items carry their ids (``samplewise.loaders.streams``) is not sharded or dispatched
+      once more: it shards itself by rank. Give ``max_steps``. A Trainer resumes it by reading it again from its
+      beginning, so that this is not exact; the ledger is restored.
+
+    **A schedule** draws one configuration of bit widths for each optimizer step, see
+    :class:`~samplewise.callbacks.SwitchBits`, the same for Lightning. Between optimizer steps the model has the
     configuration of evaluations, so that these, predictions and what is saved are made with it.
 
+    Both can be attached to one Trainer. For a loop of your own with accelerate, ``attach(accelerator, sampler)``.
+
     Args:
-        trainer: before ``train()``; its model has quantized layers and adapters.
-        schedule: draws ``{layer: width}``.
-        evaluate: the configuration of evaluations; layers that it does not name, and None: the layer's largest width.
-            To evaluate at another after the training, call ``set_bits(trainer.model, config)`` first.
+        target: a Trainer before ``train()``, or an ``accelerate.Accelerator``.
+        what: the sampler, made with ``len(trainer.train_dataset)``; or a schedule that draws ``{layer: width}``, where
+            the Trainer's model has quantized layers and adapters.
+        evaluate: of a schedule: the configuration of evaluations; layers that it does not name, and None: the layer's
+            largest width. To evaluate at another after the training, call ``set_bits(trainer.model, config)`` first.
+        losses: of a sampler: what gives each sample's loss, for models whose heads are not the usual ones. None: cross
+            entropies of tokens or classes, squared errors, binary cross entropies, or else the model's or the Trainer's
+            own loss function, row by row. Weights then apply to ``mean(losses)``.
 
     Returns:
-        The callback that the trainer has now.
+        The callback that the Trainer has now.
 
     Raises:
-        TypeError: ``trainer`` is no Trainer, or ``schedule`` no Schedule with slots.
-        ValueError: layers or widths that the model does not have, or more than one configuration for evaluations.
+        TypeError: ``target`` is neither, ``what`` is neither, or an option belongs to the other.
+        ValueError: another size than the data set's, or settings of the Trainer that contradict; layers or widths that
+            the model does not have, or more than one configuration for evaluations.
+        RuntimeError: a second one of the same kind.
 
     Example::
 
@@ -45,114 +80,32 @@ def attach(trainer: Any, schedule: Schedule, *, evaluate: Config | Sequence[Conf
         attach(trainer, BitSchedule(layers=layers, period=500))
         trainer.train()
     """
-    if not isinstance(trainer, transformers.Trainer):
-        raise TypeError(f"attach(trainer={type(trainer).__name__}): a transformers.Trainer is needed.")
-    if any(isinstance(other, SwitchBits) for other in trainer.callback_handler.callbacks):
-        raise RuntimeError("attach(trainer): it has a schedule already; make a new Trainer for another one.")
-    callback = SwitchBits(schedule, evaluate=evaluate)
-    callback.switch.find(trainer.model)
-    if trainer.args.load_best_model_at_end:
-        raise ValueError(
-            "attach(trainer): load_best_model_at_end=True looks for a single adapter, and keeps the last weights where "
-            "there are several; set it to False, and load the best checkpoint by train(resume_from_checkpoint=...)."
+    accelerate: Any = sys.modules.get("accelerate")
+    if accelerate is not None and isinstance(target, accelerate.Accelerator):
+        _refuse(evaluate=evaluate, losses=losses)
+        from samplewise.callbacks.accelerate_loops import attach_accelerator
+
+        return attach_accelerator(target, what)
+    from samplewise.callbacks.huggingface_state import transformers
+
+    if not isinstance(target, transformers.Trainer):
+        raise TypeError(
+            f"attach(target={type(target).__name__}): a transformers.Trainer is needed, or an accelerate.Accelerator."
         )
-    callback.switch.pin()
-    train, create_optimizer, train_batch = trainer.train, trainer.create_optimizer, trainer.training_step
+    if isinstance(what, PlannedSampler):
+        _refuse(evaluate=evaluate)
+        from samplewise.callbacks.huggingface_sampling import attach_sampler
 
-    def train_from(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        callback.given = resume_from_checkpoint
-        return train(resume_from_checkpoint, *args, **kwargs)
+        return attach_sampler(target, what, losses)
+    _refuse(losses=losses)
+    from samplewise.callbacks.huggingface_bits import attach_schedule
 
-    def create_optimizer_for_all(*args: Any, **kwargs: Any) -> Any:
-        callback.switch.find(trainer.model)
-        callback.switch.unfreeze()  # a Trainer that has loaded a checkpoint leaves one adapter trainable
-        return create_optimizer(*args, **kwargs)
-
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        loss = train_batch(*args, **kwargs)  # its share of the step's, over the batches that are accumulated
-        callback.switch.add_loss(loss)
-        return loss
-
-    trainer.train, trainer.create_optimizer, trainer.training_step = train_from, create_optimizer_for_all, training_step
-    trainer.add_callback(callback)
-    return callback
+    return attach_schedule(target, what, evaluate)
 
 
-class SwitchBits(transformers.TrainerCallback):  # type: ignore[misc]
-    """Switches bit widths for a ``transformers.Trainer``; :func:`attach` makes one."""
-
-    def __init__(self, schedule: Schedule, *, evaluate: Config | Sequence[Config] | None = None):
-        self.switch = Switch("attach", schedule, evaluate)
-        self.schedule = schedule
-        self.given: Any = None  # what `train` was told to resume from
-        if len(self.switch.pins) > 1:
-            raise ValueError(
-                "attach(evaluate): must be one configuration; a Trainer does not tell where loaders begin."
+def _refuse(**options: Any) -> None:
+    for name, given in options.items():
+        if given is not None:
+            raise TypeError(
+                f"attach({name}=...): belongs to another use of attach, see its documentation; leave it out."
             )
-
-    @override
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch.find(kwargs["model"])
-        self.switch.forget()
-        self.switch.check_adapters()
-        if world_size() > 1:
-            finds = args.ddp_find_unused_parameters  # transformers takes None for "unless there is checkpointing"
-            self.switch.check_ddp(not args.gradient_checkpointing if finds is None else finds)
-        self.schedule.check_steps(state.max_steps)
-        if not state.global_step:
-            if self.schedule.step:
-                warnings.warn(
-                    "attach: training begins anew; what the schedule has recorded is forgotten.", stacklevel=2
-                )
-                self.schedule.reset(0)
-            return
-        file = checkpoint_of(self.given, args, state) / STATE_FILE
-        if file.is_file():
-            self.schedule.load_state_dict(json.loads(file.read_text()))
-        elif self.schedule.step != state.global_step:
-            warnings.warn(
-                f"attach: there is no {file}, so that the schedule's statistics begin at step {state.global_step}; its "
-                f"draws are the same, but for those that depend on what was recorded.",
-                stacklevel=2,
-            )
-            self.schedule.reset(state.global_step)
-
-    @override
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch.begin(state.global_step)
-
-    @override
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch.before_optimizer()
-
-    @override
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch.end(state.global_step - 1, shares=True)
-        self.switch.pin()
-
-    @override
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch.pin()  # training may stop within a step
-
-    on_train_end = on_epoch_end
-
-    @override
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if rank() == 0:
-            write_state(args, state, STATE_FILE, self.schedule.state_dict())
-
-
-def write_state(args: Any, state: Any, name: str, content: dict[str, Any]) -> None:
-    """Put a file of JSON into the checkpoint that is being saved."""
-    folder = checkpoint_of(None, args, state)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(folder / name)
-
-
-def checkpoint_of(given: Any, args: Any, state: Any) -> Path:
-    """The folder that training is resumed from: the one that was given, or the output folder's of that step."""
-    if isinstance(given, str | PathLike):
-        return Path(given)
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

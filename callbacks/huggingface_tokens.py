@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import Unpack, override
 
-from samplewise.callbacks.huggingface import checkpoint_of, transformers, write_state
+from samplewise.callbacks.huggingface_state import checkpoint_of, transformers, write_state
 from samplewise.callbacks.refreshing import Figures, Refresher, Target, TokenOptions
 from samplewise.cuda_ext.ranks import rank
 from samplewise.loaders.ids import SAMPLE_ID

@@ -9,7 +9,8 @@ import transformers
 from bits_support import tiny_quantized, token_ids
 from switch_support import Traced, adapters, in_use, moved, weights
 
-from samplewise.callbacks.huggingface import STATE_FILE, attach
+from samplewise.callbacks.huggingface import attach
+from samplewise.callbacks.huggingface_bits import STATE_FILE
 from samplewise.plugins import ArmSchedule
 from samplewise.plugins.bit_adapters import get_bits, gradient_norms
 
@@ -171,7 +172,7 @@ def test_a_period_longer_than_the_training(tmp_path):
 
 def test_what_is_refused(tmp_path):
     model, layers = tiny_quantized()
-    with pytest.raises(TypeError, match=r"attach\(trainer=PeftModel.*\): a transformers.Trainer is needed"):
+    with pytest.raises(TypeError, match=r"attach\(target=PeftModel.*\): a transformers.Trainer is needed"):
         attach(model, Traced(layers=layers))
     for settings, error, message in (
         ({"schedule": ArmSchedule(arms=[2, 3])}, TypeError, r"attach\(schedule=ArmSchedule\): a Schedule with a slot"),
