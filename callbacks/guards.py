@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, RandomSampler
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
 
 from samplewise.loaders import PlannedSampler
 
@@ -31,8 +31,13 @@ def has_sampler(loader: Any, sampler: PlannedSampler) -> bool:
     return sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
 
 
+def is_stream(loader: Any) -> bool:
+    """Whether no sampler can be in the loader, since its data set has no rows."""
+    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
 def planned_loader(trainer: Any, sampler: PlannedSampler) -> int:
-    """Which of the training loaders has the sampler.
+    """Which of the training loaders has the sampler, or is a stream that it plans for.
 
     Raises:
         RuntimeError: none of them, or more than one.
@@ -44,6 +49,8 @@ def planned_loader(trainer: Any, sampler: PlannedSampler) -> int:
         raise RuntimeError(
             f"SamplingCallback: {len(found)} training loaders have the same sampler; one run takes one planned loader."
         )
+    if not found and sampler.on_plan is not None:  # a stage of a stream follows its plans
+        found = [index for index, loader in enumerate(loaders) if is_stream(loader)][:1]
     if not found:
         raise RuntimeError(f"SamplingCallback: the training loader has another sampler: {_found_instead(loaders)}")
     dataset: Any = getattr(loaders[found[0]], "dataset", None)
@@ -74,6 +81,11 @@ def _found_instead(loaders: list[Any]) -> str:
             return (
                 f"it has another {type(own).__name__} object. Make the sampler once, outside train_dataloader(), and "
                 f"pass the same one to the DataLoader and to SamplingCallback."
+            )
+        if is_stream(loader):
+            return (
+                f"its data set, {type(loader.dataset).__name__}, is a stream, which takes no sampler. Put a stage into "
+                f"it that follows the sampler's plans: samplewise.loaders.streams.keep(sampler, index)."
             )
         if isinstance(own, RandomSampler):
             return "it has a RandomSampler. Pass DataLoader(..., sampler=sampler) instead of shuffle=True."

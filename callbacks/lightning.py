@@ -11,8 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from samplewise.callbacks.guards import batch_size_of, check_validation, combined_loader, planned_loader
+from samplewise.callbacks.guards import batch_size_of, check_validation, combined_loader, is_stream, planned_loader
 from samplewise.loaders import PlannedSampler, ids_of
+from samplewise.loaders.guard import BATCHES
 
 VERSION = 1
 
@@ -24,7 +25,7 @@ _PRIVATE = {
     "val_check_batch": "batches between validations, from a share in `val_check_interval`",
     # Lightning's position in the run, to be made equal to the sampler's after a resume:
     "fit_loop.epoch_progress": "epochs done; set to the sampler's epoch",
-    "fit_loop.epoch_loop.batch_progress": "batches done in the epoch; read only",
+    "fit_loop.epoch_loop.batch_progress": "batches done in the epoch; set where other ranks had done them",
     "fit_loop.epoch_loop._batches_that_stepped": "the loggers' step, not counted yet when the last batch is saved",
     "fit_loop._restarting": "whether Lightning would skip the beginning of the epoch",
     "fit_loop.epoch_loop.restarting": "whether Lightning keeps the count of the epoch's batches",
@@ -78,6 +79,7 @@ class SamplingCallback(Callback):
         self._before: int | None = None  # samples consumed before the batch in progress
         self._recording = sampler.recording
         self._refuse_state = self._restored = self._stale = False
+        self._unchecked = BATCHES
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,6 +94,7 @@ class SamplingCallback(Callback):
         self.sampler.advance_to(0)  # a run that was interrupted starts its epoch again; a checkpoint comes after this
         self._ended, self._before, self._kept = epoch - 1, None, self._kept[:epoch]
         self._restored = self._stale = False
+        self._unchecked = BATCHES
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -154,21 +157,32 @@ class SamplingCallback(Callback):
 
     def _settle(self, trainer: Trainer) -> None:
         index = planned_loader(trainer, self.sampler)
-        batches = _refresh_lengths(trainer, index)
-        self._batch_size = batch_size_of(combined_loader(trainer).flattened[index])
+        loader = combined_loader(trainer).flattened[index]
+        if is_stream(loader):
+            self._batch_size = None
+            return
+        batches = _refresh_lengths(trainer, index, self.sampler)
+        self._batch_size = batch_size_of(loader)
         if self._batch_size is not None:
-            self.sampler.epoch_samples = batches * self._batch_size * self.sampler.num_replicas
+            self.sampler.epoch_samples = _consumed_after(batches, self._batch_size, self.sampler)
+        if not getattr(loader, "in_order", True) or combined_loader(trainer).iterables is not loader:
+            self._unchecked = 0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._before = self.sampler.consumed
+        if self._unchecked and self._batch_size is not None and (ids := ids_of(batch)) is not None:
+            self._unchecked -= 1
+            self.sampler.check_due(
+                ids, "SamplingCallback", "Let nothing stand between DataLoader(..., sampler=sampler) and the Trainer."
+            )
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._batch_size is not None:
-            self.sampler.advance_to((batch_idx + 1) * self._batch_size * self.sampler.num_replicas)
+            self.sampler.advance_to(_consumed_after(batch_idx + 1, self._batch_size, self.sampler))
         elif (ids := ids_of(batch)) is not None:
             self.sampler.advance_to((self._before or 0) + ids.numel() * self.sampler.num_replicas)
         self._before = None
@@ -268,10 +282,10 @@ def _check_trainer(trainer: Any, sampler: PlannedSampler) -> None:
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 
-def _refresh_lengths(trainer: Any, index: int) -> int:
+def _refresh_lengths(trainer: Any, index: int, sampler: PlannedSampler) -> int:
     """Tell the trainer how long this epoch is: the plan's batches, within ``limit_train_batches``."""
     combined, limit = combined_loader(trainer), trainer.limit_train_batches
-    length = len(combined.flattened[index])
+    length = _length(combined.flattened[index], sampler)
     batches = min(length, limit) if isinstance(limit, int) else max(1, int(length * limit))
     assert combined.limits is not None
     combined.limits[index] = batches  # in place: the iterator in use reads the same list
@@ -287,6 +301,25 @@ def _refresh_lengths(trainer: Any, index: int) -> int:
         elif trainer.val_check_batch > total and trainer.check_val_every_n_epoch is not None:
             _warn_no_validation(trainer, total)
     return batches
+
+
+def _length(loader: Any, sampler: PlannedSampler) -> int:
+    """Batches of the epoch, with those that other ranks trained on before a resume."""
+    size = batch_size_of(loader)
+    if not sampler.begin or size is None:
+        return len(loader)
+    left = (sampler.total_size - sampler.begin) // sampler.num_replicas
+    return _batches_before(size, sampler) + (left // size if loader.drop_last else -(-left // size))
+
+
+def _batches_before(size: int, sampler: PlannedSampler) -> int:
+    """What the epoch's beginning, which another number of ranks trained on, would be in batches of these ranks."""
+    return sampler.begin // (size * sampler.num_replicas)
+
+
+def _consumed_after(batches: int, size: int, sampler: PlannedSampler) -> int:
+    """Samples of the epoch, all ranks together, after so many batches of it."""
+    return sampler.begin + (batches - _batches_before(size, sampler)) * size * sampler.num_replicas
 
 
 def _warn_no_validation(trainer: Any, total: int) -> None:
@@ -327,10 +360,22 @@ def _align(trainer: Any, sampler: PlannedSampler) -> None:
 
 def _check_batches_done(trainer: Any, sampler: PlannedSampler) -> None:
     loader = combined_loader(trainer).flattened[planned_loader(trainer, sampler)]
-    size, done = batch_size_of(loader), trainer.fit_loop.epoch_loop.batch_progress.current.processed
-    if size is not None and done * size * sampler.num_replicas != sampler.consumed:
-        raise RuntimeError(
-            f"SamplingCallback: the checkpoint was saved after {done} batches and {sampler.consumed} samples of epoch "
-            f"{sampler.epoch}, which are no batches of {size} on {sampler.num_replicas} ranks. Resume with the same "
-            f"batch_size and number of ranks, or from a checkpoint of an epoch's end."
+    if is_stream(loader):
+        warnings.warn(
+            f"SamplingCallback: epoch {sampler.epoch} goes on, but a stream is read from its beginning, unless its "
+            f"loader is torchdata's StatefulDataLoader over one that keeps its place (samplewise.loaders.streams).",
+            stacklevel=2,
         )
+        return
+    size, progress = batch_size_of(loader), trainer.fit_loop.epoch_loop.batch_progress.current
+    if size is None or _consumed_after(progress.processed, size, sampler) == sampler.consumed:
+        return
+    if sampler.begin != sampler.consumed:
+        raise RuntimeError(
+            f"SamplingCallback: the checkpoint was saved after {progress.processed} batches and {sampler.consumed} "
+            f"samples of epoch {sampler.epoch}, which are no batches of {size} on {sampler.num_replicas} ranks. Resume "
+            f"with the same batch_size, or from a checkpoint of an epoch's end."
+        )
+    fewer = progress.processed - _batches_before(size, sampler)
+    for count in ("ready", "started", "processed", "completed"):  # the last lags behind where a hook saved
+        setattr(progress, count, getattr(progress, count) - fewer)

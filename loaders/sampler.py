@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from samplewise.cuda_ext import Ledger, ledger, ranks
+from samplewise.cuda_ext import ledger, ranks
 from samplewise.cuda_ext.checks import integer
 from samplewise.cuda_ext.ops import MAX_SIZE
+from samplewise.loaders import shares
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.epoch import SharedEpoch
 from samplewise.loaders.epoch_plan import EpochPlan
 from samplewise.loaders.guard import DueWatch, ReshardingWatch, begin_again, check_due
 from samplewise.loaders.options import Arrange, arrange_name, check_arrange, check_epoch_length
-from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches, write_weights
+from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches
 from samplewise.loaders.plan import Plan
-from samplewise.loaders.seeding import generator
 from samplewise.loaders.state import VERSION, checked_state
 
 
@@ -50,6 +50,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     accepts_batch_loss = False  # whether observe() takes a batch's mean loss, to be recorded for each of its samples
     uses_losses = True  # whether plans depend on what observe() records
+    plans_shares = False  # whether plan() gives this rank's share, where the ledger is sharded
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         epoch_length: int | Literal["plan"] = "plan",
         ema: float = 0.9,
         device: str | torch.device = "cpu",
+        sharded: bool = False,
         fingerprint: str = "",
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -71,7 +73,9 @@ class PlannedSampler(DistributedSampler[int], ABC):
         size = ledger.check_size(name, size)
         self.seed = integer(name, "seed", seed, 0)
         self.epoch_length = check_epoch_length(name, epoch_length, size)
-        self.ledger = Ledger(size, ema=ema, device=device, fingerprint=fingerprint)
+        rows = {"ema": ema, "device": device, "fingerprint": fingerprint}
+        self.ledger = shares.make_ledger(name, size, sharded, self.plans_shares, arrange is not None, **rows)
+        self.sharded = sharded
         self.num_replicas = None if num_replicas is None else integer(name, "num_replicas", num_replicas, 1)
         self._rank = None if rank is None else integer(name, "rank", rank, 0, (num_replicas or MAX_SIZE) - 1)
         self.size = self.ledger.size
@@ -100,7 +104,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
         Args:
             epoch: the plan's number, from 0: the epoch, or with a fixed ``epoch_length`` the number of plans before
                 this one (``self.epoch`` is then the training epoch in which the plan begins).
-            rng: keyed by (seed, number of the plan); the only source of randomness a plan may use.
+            rng: keyed by (seed, number of the plan), and by the rank where the ledger is sharded; with generators keyed
+                by (seed, number of the plan), the only source of randomness a plan may use.
         """
 
     # --- epochs -------------------------------------------------------------------------------------------------------
@@ -142,22 +147,20 @@ class PlannedSampler(DistributedSampler[int], ABC):
             plan = self._make_plan(self.epoch)
             segments: tuple[Segment, ...] = (Segment(plan, self.epoch, 0, len(plan)),)
         else:
-            segments = next_stretches(int(self.epoch_length), self._last, self.epoch, self._make_plan)
+            length = shares.length_of_share(int(self.epoch_length), self.ledger, self.drop_last)
+            segments = next_stretches(length, self._last, self.epoch, self._make_plan)
         self._settle(segments)
         self.plan_seconds = perf_counter() - begin
 
     def _make_plan(self, number: int) -> Plan:
-        plan = self.plan(number, generator(self.seed, number, "plan"))
-        if not isinstance(plan, Plan):
-            raise TypeError(f"{type(self).__name__}.plan: must return a Plan, not {type(plan).__name__}.")
-        return plan.check(self.size, f"{type(self).__name__}.plan({number})")
+        plan = self.plan(number, shares.plan_generator(self.seed, number, self.ledger))
+        return shares.balanced(type(self).__name__, plan, number, self.seed, self.ledger, self.drop_last)
 
     def _settle(self, segments: tuple[Segment, ...], **resumed: Any) -> None:
         options = self.seed, self.shuffle, self.drop_last, self.arrange
         now = EpochPlan(type(self).__name__, segments, self.epoch, *options, **resumed)
-        if now.weighted:
-            write_weights(self.ledger, segments, self.seed, self.shuffle)
-        elif self._weighted:
+        now = shares.settled(self.ledger, now)
+        if self._weighted and not now.weighted:
             self.ledger.clear_weights()
         self._weighted, self._last, self._epoch_plan = now.weighted, segments[-1], now
         if self.on_plan is not None:
@@ -211,10 +214,14 @@ class PlannedSampler(DistributedSampler[int], ABC):
         return self._settled().total(self.num_replicas)
 
     @property
+    def begin(self) -> int:
+        """Where the current epoch's dealing out to the ranks begins: 0, unless others had begun the epoch."""
+        return self._settled().begin_for(self.num_replicas)
+
+    @property
     def num_samples(self) -> int:  # type: ignore[override]
         """Samples that this rank gets in the current epoch."""
-        world, begin = self.num_replicas, self._settled().begin_for(self.num_replicas)
-        return -(-begin // world) + (self.total_size - begin) // world
+        return -(-self.begin // self.num_replicas) + (self.total_size - self.begin) // self.num_replicas
 
     def __len__(self) -> int:
         return self.num_samples if self.sharding == "sampler" else self.total_size
@@ -357,7 +364,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on."""
-        options = {key: getattr(self, key) for key in ("seed", "shuffle", "drop_last", "epoch_length")}
+        options = {key: getattr(self, key) for key in ("seed", "shuffle", "drop_last", "epoch_length", "sharded")}
         return {"sampler": type(self).__name__, "arrange": arrange_name(self.arrange), **options}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

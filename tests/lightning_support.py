@@ -300,6 +300,8 @@ def ddp(folder: Path) -> None:
     for path in sorted(folder.glob("*.ckpt"))[:: world - 1]:
         again = fit(HardHalf(size), val=validation(), ckpt_path=path, **settings)
         result["resumed"][path.name] = history(again)
+    for path in sorted(folder.glob("alone/*.ckpt")):
+        result["resumed alone"] = fit(HardHalf(size), val=validation(), ckpt_path=path, **settings).batches
     sampler = HardHalf(size)
     rebuilt = DataLoader(with_ids(Rows(size)), batch_sampler=OwnBatches(sampler, BATCH, False))
     try:

@@ -4,19 +4,60 @@ from collections import Counter
 
 import pytest
 import torch
-from lightning_support import run_job
+from lightning_support import QUIET, SaveEveryStep, Traced, fit, run_job, validation
 
 from samplewise.cuda_ext import Ledger, reference
+from support import HardHalf
 
+pytestmark = QUIET
 SIZE = 29
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["two ranks", "three ranks"])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
+    train_alone(folder)
     output = run_job("ddp", folder, world=request.param)
     assert "sync_dist" not in output  # Lightning's advice to metrics that differ between ranks
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
+    results = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return [{**result, "folder": folder} for result in results]
+
+
+def train_alone(folder) -> None:
+    """One rank's run, saved after 3 batches of the second epoch."""
+    model = fit(HardHalf(SIZE), SaveEveryStep(folder), kind=Traced, val=validation(), max_epochs=3)
+    step = len(model.batches[0]) + 3
+    (folder / "alone").mkdir()
+    (folder / f"on_train_batch_end-{step:03d}.ckpt").rename(folder / "alone" / "checkpoint.ckpt")
+    torch.save((model.batches, model.plans), folder / "alone.pt")
+    for path in folder.glob("*.ckpt"):
+        path.unlink()
+
+
+def check_goes_on(before, after, plan, ranks: int) -> None:
+    """Nothing lost, and nothing repeated but what fills up the last step."""
+    served = [i for batches in (before, *after) for batch in batches for i in batch]
+    assert not Counter(plan) - Counter(served)
+    assert len(served) - len(plan) < ranks
+
+
+def test_several_ranks_go_on_with_the_epoch_of_one(ranks):
+    batches, plans = torch.load(ranks[0]["folder"] / "alone.pt", weights_only=False)
+    resumed = [rank["resumed alone"] for rank in ranks]
+    check_goes_on(batches[1][:3], [rank[1] for rank in resumed], plans[1], len(ranks))
+    assert all(list(rank) == [1, 2] for rank in resumed)
+
+
+def test_one_rank_goes_on_with_the_epoch_of_several(ranks):
+    lengths = [len(batches) for batches in ranks[0]["batches"].values()]
+    step = lengths[0] + 1
+    before = [batch for rank in ranks for batch in rank["batches"][1][:1]]
+    path = ranks[0]["folder"] / f"on_train_batch_end-{step:03d}.ckpt"
+    model = fit(HardHalf(SIZE), ckpt_path=path, kind=Traced, val=validation(), max_epochs=3)
+    assert model.plans[1] == ranks[0]["plans"][1]
+    check_goes_on(before, [model.batches[1]], model.plans[1], 1)
+    assert list(model.batches) == [1, 2]
+    assert sorted(i for batch in model.batches[2] for i in batch) == model.plans[2]
 
 
 def test_the_union_over_ranks_is_the_plan(ranks):
