@@ -3,9 +3,17 @@
 import sys
 
 import pytest
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning_support import BATCH, QUIET, Model, Rows, fit, loader, trainer, validation
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from samplewise import callbacks
 from samplewise.callbacks import SamplingCallback
@@ -31,6 +39,39 @@ def own_batches(sampler):
 
 def same_sampler_twice(sampler):
     return {"one": loader(sampler), "two": loader(sampler)}
+
+
+class Swapped(Rows):
+    """Something between the sampler and the data deals ids out anew."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(SIZE - 1 - index)
+
+
+def swapped_ids(sampler):
+    def collate(items):
+        return torch.tensor([SIZE - 1 - index for index, _ in items]), default_collate([item for _, item in items])
+
+    return DataLoader(with_ids(Swapped(SIZE)), batch_size=BATCH, sampler=sampler, collate_fn=collate)
+
+
+def test_other_samples_than_those_that_are_due():
+    sampler = Everything(SIZE)
+    model = Model(sampler)
+    with pytest.raises(RuntimeError, match=r"SamplingCallback: the batch holds .* are due.*Let nothing stand between"):
+        trainer(sampler, max_epochs=1).fit(model, swapped_ids(sampler))
+    assert not model.batches
+
+
+def test_a_stream_without_a_stage():
+    sampler = Everything(SIZE)
+    with pytest.raises(RuntimeError, match=r"Numbers, is a stream, which takes no sampler.*streams\.keep"):
+        trainer(sampler, max_epochs=1).fit(Model(sampler), DataLoader(Numbers(), batch_size=BATCH))
+
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        yield from range(SIZE)
 
 
 @pytest.mark.parametrize(
