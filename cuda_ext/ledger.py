@@ -214,9 +214,12 @@ class Ledger:
     def set_weights(self, ids: Tensor, weights: Tensor) -> None:
         """Write the current plan's weights, float32 (k,) and >= 0, at the unique ``ids`` int64 (k,)."""
         self.clear_weights()
+        self._write_weights(ids, weights)
+
+    def _write_weights(self, rows: Tensor, weights: Tensor) -> None:
         # A record without a weight holds 0, as new memory does: a weight of 0 becomes the smallest normal number.
         given = weights.to(self.device, torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
-        self.records[ids.to(self.device), reference.WEIGHT] = given
+        self.records[rows.to(self.device), reference.WEIGHT] = given
 
     def clear_weights(self) -> None:
         """Say that the current plan has no weights."""

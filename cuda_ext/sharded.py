@@ -124,15 +124,21 @@ class ShardedLedger(Ledger):
 
     @override
     def set_weights(self, ids: Tensor, weights: Tensor) -> None:
-        """Write the weights, float32 (k,) and >= 0, of the unique ``ids`` int64 (k,) that are trained on here."""
+        """Write the weights, float32 (k,) and >= 0, of the ``ids`` int64 (k,) that are trained on here.
+
+        An id may stand there several times with the same weight.
+        """
+        self.clear_weights()
         rank, world = self._settle()
-        if world == 1:
-            super().set_weights(ids, weights)
-            return
-        here = ids % world == rank
-        super().set_weights(ids[here] // world, weights[here])
-        others, places = ids[~here].sort()
-        self._foreign = others.to(self.device), weights[~here][places].to(self.device, torch.float32)
+        foreign = []
+        for part, given in zip(ids.split(_CHUNK), weights.split(_CHUNK), strict=True):
+            here = part % world == rank
+            self._write_weights(part[here] // world, given[here])
+            foreign.append((part[~here], given[~here]))
+        if foreign:
+            others, given = (torch.cat(parts) for parts in zip(*foreign, strict=True))
+            others, places = others.sort()
+            self._foreign = others.to(self.device), given[places].to(self.device, torch.float32)
 
     @override
     def clear_weights(self) -> None:

@@ -35,6 +35,14 @@ class SamplerOptions(TypedDict, total=False):
             are made from the ledger as it stands when the epoch begins.
         ema: decay of the ledger's ``loss_ema``, in [0, 1).
         device: where the ledger lives.
+        sharded: with several ranks, deal the ledger's records out to them, each id's to rank ``id % world``
+            (:class:`samplewise.cuda_ext.sharded.ShardedLedger`), for more than about 1e8 samples. Each rank plans its
+            share, from what is found over all of them, and few ids move so that all have equally many. A sample is
+            then nearly always trained on by the rank that holds its record, and each rank shuffles its own share: a
+            batch of all ranks together has as many samples of each share, where else that number would scatter. Every
+            rank saves a state of its own; to go on with another number of ranks, deal them out anew at the end of an
+            epoch (:func:`samplewise.loaders.shares.reshard_samplers`). Not with ``arrange``, nor with methods that
+            must see all samples at once.
         fingerprint: any text that identifies the data set; a state saved with another one is refused.
         num_replicas: world size; None asks torch.distributed.
         rank: this process's rank; None asks torch.distributed.
@@ -47,6 +55,7 @@ class SamplerOptions(TypedDict, total=False):
     epoch_length: int | Literal["plan"]
     ema: float
     device: str | torch.device
+    sharded: bool
     fingerprint: str
     num_replicas: int | None
     rank: int | None

@@ -55,7 +55,7 @@ class Plan:
         return self.ids[positions]
 
     def summary(self, ledger: Ledger) -> dict[str, float]:
-        """Figures to log, computed in a few passes over the data set.
+        """Figures to log, computed in a few passes over the data set, or over the share of it that a rank holds.
 
         Returns:
             ``kept``: planned samples over N. ``coverage``: share of the data set that was seen before or is planned.
@@ -68,18 +68,19 @@ class Plan:
             steps = ledger.column("last_step").cpu().numpy()
             staleness = ledger.updates - float(steps.mean(where=seen, dtype=np.float64))
         covered = seen.copy()
-        if isinstance(self.ids, range):
-            ascending = self.ids if self.ids.step > 0 else self.ids[::-1]
+        rows = ledger.rows_of(self.ids)
+        if isinstance(rows, range):
+            ascending = rows if rows.step > 0 else rows[::-1]
             covered[ascending.start : ascending.stop : ascending.step] = True
         else:
-            covered[self.ids] = True
+            covered[rows] = True
         ess = max_weight = 1.0
         if self.weights is not None:
             weights = self.weights.astype(np.float64)
             ess = float(weights.sum() ** 2 / np.square(weights).sum() / len(self))
             max_weight = float(weights.max() / weights.mean())
         return {
-            "kept": len(self) / ledger.size,
+            "kept": len(self) / seen.size,
             "coverage": float(covered.mean()),
             "ess": ess,
             "max_weight": max_weight,

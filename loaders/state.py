@@ -6,7 +6,7 @@ from typing import Any
 
 VERSION = 1
 _ENTRIES = {"size", "epoch", "cursor", "total", "segments", "ledger"}
-_NEWER = {"arrange": None, "ranks": None, "begin": 0, "world": None}  # the first states of this version lack them
+_NEWER = {"arrange": None, "ranks": None, "begin": 0, "world": None, "sharded": False}  # the first states lack them
 
 
 def checked_state(name: str, state: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:

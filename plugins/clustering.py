@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from samplewise.cuda_ext.ops import histogram
+from samplewise.cuda_ext.totals import Totals
 
 FloatArray = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -30,13 +30,16 @@ _BLUR = 0.001  # inertia that the cells may hide, as a share of the whole
 _MOST_ZOOMS = 8
 
 
-def kmeans_thresholds(values: npt.ArrayLike, groups: int, *, bins: int = BINS) -> FloatArray:
+def kmeans_thresholds(
+    values: npt.ArrayLike, groups: int, *, bins: int = BINS, totals: Totals | None = None
+) -> FloatArray:
     """Cut values into intervals of minimal within-group sum of squares.
 
     Args:
         values: float32 (M,), finite, M >= 1, in any order.
         groups: number of groups wanted, >= 1.
         bins: resolution of the dynamic programme, >= groups; time grows with its square.
+        totals: counts them, where the values are one rank's share of all (`ShardedLedger.totals`); M may be 0 then.
 
     Returns:
         float32 (g-1,), ascending, g = min(groups, distinct values): group j holds the values x with
@@ -53,19 +56,21 @@ def kmeans_thresholds(values: npt.ArrayLike, groups: int, *, bins: int = BINS) -
     if bins < groups:
         raise ValueError(f"kmeans_thresholds(bins={bins}): bins must be >= groups, which is {groups}")
     checked = np.asarray(values, dtype=np.float32).reshape(-1)
-    if checked.size == 0:
+    totals = totals or Totals()
+    size = totals.total(checked.size)
+    if size == 0:
         raise ValueError("kmeans_thresholds(values=[]): there must be at least one value")
-    if not (np.isfinite(checked.min()) and np.isfinite(checked.max())):  # NaN if one value is
+    if checked.size and not (np.isfinite(checked.min()) and np.isfinite(checked.max())):  # NaN if one value is
         raise ValueError("kmeans_thresholds(values=...): values must be finite; drop the NaN (unseen) and inf first")
-    if checked.size <= _FEW:
-        return _cut(_distinct(checked), groups, bins)[0]
-    cells = _count(checked)
+    if size <= _FEW:
+        return _cut(_distinct(totals.gather(torch.from_numpy(checked)).numpy()), groups, bins)[0]
+    cells = _count(checked, totals)
     for _ in range(_MOST_ZOOMS):
         thresholds, inertia = _cut(cells, groups, bins)
         hidden = cells.spreads / 12  # of values spread evenly over their cell
         if hidden.sum() <= _BLUR * inertia:
             break
-        cells = _zoom(cells, checked)
+        cells = _zoom(cells, checked, totals)
     return thresholds
 
 
@@ -91,20 +96,20 @@ def _distinct(values: FloatArray) -> _Cells:
     return _Cells(distinct, distinct, counts, distinct.astype(np.float64))
 
 
-def _count(values: FloatArray, low: float | None = None, high: float | None = None) -> _Cells:
-    counted = histogram(torch.from_numpy(values), low=low, high=high)
+def _count(values: FloatArray, totals: Totals, low: float | None = None, high: float | None = None) -> _Cells:
+    counted = totals.histogram(torch.from_numpy(values), low=low, high=high)
     full = np.flatnonzero(counted.counts)
     return _Cells(counted.edges[full], counted.ends[full], counted.counts[full], counted.means[full])
 
 
-def _zoom(cells: _Cells, values: FloatArray) -> _Cells:
+def _zoom(cells: _Cells, values: FloatArray, totals: Totals) -> _Cells:
     """Count the cells with the largest spreads anew, or the one with the largest where they lie far apart."""
     worst = int(cells.spreads.argmax())
     blurred = np.flatnonzero(cells.spreads >= cells.spreads[worst] / 16)
     first, stop = blurred[0], blurred[-1] + 1
     if stop - first > cells.low.size // 2:
         first, stop = worst, worst + 1
-    finer = _count(values, float(cells.low[first]), float(cells.high[stop - 1]))
+    finer = _count(values, totals, float(cells.low[first]), float(cells.high[stop - 1]))
     parts = [
         np.concatenate((old[:first], new, old[stop:]))
         for old, new in ((getattr(cells, name), getattr(finer, name)) for name in ("low", "high", "counts", "means"))

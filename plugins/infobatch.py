@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Unpack
 
-from samplewise.cuda_ext import ops
 from samplewise.cuda_ext.checks import integer, share
+from samplewise.cuda_ext.totals import Totals
 from samplewise.loaders import Plan, PlannedSampler, SamplerOptions
 
 Quantiles = Sequence[tuple[float, float]]
@@ -39,6 +39,7 @@ def infobatch_keep(
     *,
     prune: float = 0.5,
     quantiles: Quantiles | None = None,
+    totals: Totals | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Draw one epoch's samples and their weights.
 
@@ -47,13 +48,15 @@ def infobatch_keep(
         rng: the generator.
         prune: probability r of leaving out a sample whose loss is strictly below the mean; not used with quantiles.
         quantiles: (upper quantile, keep ratio) pairs, ascending, in place of the mean.
+        totals: finds the mean or the quantiles, where the losses are one rank's share of all (`ShardedLedger.totals`);
+            the ids are places in the share then.
 
     Returns:
         ids int64 (k,), ascending, and weights float32 (k,): 1 / keep ratio for those that could have been left out,
         otherwise 1.
     """
     losses = np.asarray(losses, dtype=np.float32)
-    bounds, ratios = _loss_bounds(losses, prune, quantiles)
+    bounds, ratios = _loss_bounds(losses, prune, quantiles, totals or Totals())
     lots = rng.integers(0, 1 << 32, size=losses.size, dtype=np.uint32)
     drop = np.zeros(losses.size, dtype=np.bool_)
     levels = []
@@ -74,17 +77,17 @@ def infobatch_keep(
 
 
 def _loss_bounds(
-    losses: npt.NDArray[np.float32], prune: float, quantiles: Quantiles | None
+    losses: npt.NDArray[np.float32], prune: float, quantiles: Quantiles | None, totals: Totals
 ) -> tuple[npt.NDArray[np.float32], list[float]]:
     """Upper loss bound of each level, float32, and its keep ratio. Float32: equal losses are never below their mean."""
-    seen = np.isfinite(losses)
-    count = int(np.count_nonzero(seen))
+    count = totals.total(int(np.count_nonzero(np.isfinite(losses))))
     if count == 0:
         return np.empty(0, dtype=np.float32), []
+    values = torch.from_numpy(losses)
     if quantiles is None:
-        return np.array([losses.sum(dtype=np.float64, where=seen) / count], dtype=np.float32), [1 - prune]
+        return np.array([totals.mean(values)], dtype=np.float32), [1 - prune]
     ranks = [int(quantile * count) for quantile, _ in quantiles]
-    return ops.order_statistics(torch.from_numpy(losses), ranks), [ratio for _, ratio in quantiles]
+    return totals.order_statistics(values, ranks), [ratio for _, ratio in quantiles]
 
 
 class InfoBatch(PlannedSampler):
@@ -104,6 +107,8 @@ class InfoBatch(PlannedSampler):
     Raises:
         ValueError: for an argument outside its range.
     """
+
+    plans_shares = True
 
     def __init__(
         self,
@@ -136,11 +141,13 @@ class InfoBatch(PlannedSampler):
     def plan(self, epoch: int, rng: np.random.Generator) -> Plan:
         """Everything while nothing is seen and from delta E on; otherwise the unbiased draw."""
         if self.epoch >= round(self.anneal_from * self.epochs, 9):
-            return Plan(range(self.size))
+            return Plan(self.ledger.ids)
         losses = self.ledger.column("loss_ema" if self.batch_loss else "loss_last").cpu().numpy()
-        if np.isnan(losses).all():
-            return Plan(range(self.size))
-        return Plan(*infobatch_keep(losses, rng, prune=self.prune, quantiles=self.quantiles))
+        totals = self.ledger.totals
+        if totals.total(not np.isnan(losses).all()) == 0:
+            return Plan(self.ledger.ids)
+        rows, weights = infobatch_keep(losses, rng, prune=self.prune, quantiles=self.quantiles, totals=totals)
+        return Plan(self.ledger.ids_of(rows), weights)
 
 
 def _check_quantiles(quantiles: Quantiles) -> Quantiles:

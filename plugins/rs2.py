@@ -28,7 +28,7 @@ from samplewise.cuda_ext import ops
 from samplewise.cuda_ext.checks import share
 from samplewise.cuda_ext.hashing import hash64
 from samplewise.loaders import Plan, PlannedSampler, SamplerOptions
-from samplewise.loaders.seeding import derive
+from samplewise.loaders.seeding import derive, generator
 
 IntArray = npt.NDArray[np.int64]
 Mode = Literal["without_replacement", "with_replacement", "stratified", "hash"]
@@ -125,7 +125,8 @@ class RS2(PlannedSampler):
     Args:
         size: N, the number of samples.
         ratio: share of the samples of a round, in (0, 1].
-        mode: "without_replacement", "with_replacement", "stratified" or "hash", see the module.
+        mode: "without_replacement", "with_replacement", "stratified" or "hash", see the module. `sharded=True` goes
+            with "with_replacement" and "hash".
         labels: class of each sample, integers (N,): for mode "stratified", and only there.
         **common: the options of every sampler, see :class:`samplewise.loaders.PlannedSampler`.
 
@@ -153,6 +154,7 @@ class RS2(PlannedSampler):
             raise ValueError(
                 f"RS2(labels=..., mode={mode!r}): labels are for mode='stratified'; set it or leave them out"
             )
+        self.plans_shares = mode in ("with_replacement", "hash")
         super().__init__(size, **common)
         self.ratio = ratio
         self.mode = mode
@@ -171,14 +173,24 @@ class RS2(PlannedSampler):
         if self._strata is not None:
             return Plan(self._strata.block(epoch * k, k))
         if self.mode == "with_replacement":
-            return Plan(rng.integers(0, self.size, k))
+            return Plan(self._drawn(k, epoch, rng))
         if self.mode == "hash":
             return Plan(self._hashed(epoch, rng))
         return Plan(row_block(self.size, epoch * k, k, self.seed))
 
+    def _drawn(self, k: int, epoch: int, rng: np.random.Generator) -> IntArray:
+        lengths, here = self.ledger.totals.each(len(self.ledger.ids)), self.ledger.shard[0]
+        if len(lengths) > 1:  # how many of the draws fall on each rank's share: the same on all of them
+            k = int(generator(self.seed, epoch, "rs2").multinomial(k, np.array(lengths) / self.size)[here])
+        return self.ledger.ids_of(rng.integers(0, lengths[here], k))
+
     def _hashed(self, epoch: int, rng: np.random.Generator) -> IntArray:
-        ids = np.flatnonzero(hash_keep(np.arange(self.size), epoch, self.seed, self.ratio))
-        return ids if ids.size else rng.integers(0, self.size, 1)  # an epoch trains on something, however small N
+        own = self.ledger.ids
+        rows = np.arange(own.start, own.stop, own.step)
+        ids = rows[hash_keep(rows, epoch, self.seed, self.ratio)]
+        if self.ledger.totals.total(ids.size) == 0 and self.ledger.shard[0] == 0:
+            return rows[rng.integers(0, rows.size, 1)]  # an epoch trains on something, however small N
+        return ids
 
 
 def _check_ratio(name: str, ratio: float) -> None:

@@ -12,11 +12,13 @@ alpha, E epochs and anneal_from delta, plan n = 0, 1, 2, ...:
 What differs from the public code, or is left open there: clustering is exact and in numpy (`clustering`) in place of
 KMeans and Python loops; unseen samples of the subset are always kept; with fewer distinct losses than groups, k is the
 number of distinct losses, so that no window is empty; with one, the groups are k consecutive chunks of the subset.
-`rounding="paper"` takes w = ceil(k alpha). Samples that no window reaches keep old losses: `revisit_every` plans them.
+`rounding="paper"` takes w = ceil(k alpha). With `sharded=True` and one distinct loss, the consecutive chunks are those
+of each rank's share. Samples that no window reaches keep old losses: `revisit_every` plans them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Literal, get_args
 
@@ -26,8 +28,9 @@ from typing_extensions import Unpack
 
 from samplewise.cuda_ext.checks import integer, share
 from samplewise.cuda_ext.hashing import hash64
+from samplewise.cuda_ext.totals import Totals
 from samplewise.loaders import Plan, PlannedSampler, SamplerOptions
-from samplewise.loaders.seeding import derive
+from samplewise.loaders.seeding import derive, generator
 from samplewise.plugins import clustering, weights
 
 IntArray = npt.NDArray[np.int64]
@@ -66,6 +69,8 @@ def seta_select(
     groups: int = 10,
     window: float = 0.9,
     rounding: Rounding = "code",
+    k: int | None = None,
+    totals: Totals | None = None,
 ) -> IntArray:
     """Select the samples of plan n: subset, clustering, window.
 
@@ -77,20 +82,24 @@ def seta_select(
         groups: k.
         window: alpha, share of the groups in the window.
         rounding: see `window_start_and_width`.
+        k: samples of the subset; None: `subset_size(N, prune)`.
+        totals: finds the groups, where the losses are one rank's share of all (`ShardedLedger.totals`) and k of the
+            subset fall into it; the result are places in the share then, and may be none.
 
     Returns:
         int64 (m,), ascending, m >= 1.
     """
-    ids = weights.subset(len(losses), subset_size(len(losses), prune), rng)
+    totals = totals or Totals()
+    ids = weights.subset(len(losses), subset_size(len(losses), prune) if k is None else k, rng)
     if n == 0:
         return ids
     values = np.asarray(losses, dtype=np.float32)[ids]
     unseen = np.isnan(values)
     any_unseen = bool(unseen.any())
     seen_values = values[~unseen] if any_unseen else values
-    if seen_values.size == 0:
+    if totals.total(seen_values.size) == 0:
         return ids
-    cuts = clustering.kmeans_thresholds(seen_values, groups)
+    cuts = clustering.kmeans_thresholds(seen_values, groups, totals=totals)
     if cuts.size == 0:
         return ids[unseen | _chunk_window(unseen, n, groups, window, rounding)]
     start, width = window_start_and_width(n, cuts.size + 1, window, rounding)
@@ -107,21 +116,37 @@ def _chunk_window(
 ) -> npt.NDArray[np.bool_]:
     """The window over consecutive chunks of the seen samples: bool (M,); one chunk a sample if they are fewer."""
     place = np.cumsum(~unseen) - 1
-    count = int(place[-1]) + 1
-    chunks = min(groups, count)
+    count = unseen.size - int(np.count_nonzero(unseen))
+    chunks = max(1, min(groups, count))
     start, width = window_start_and_width(n, chunks, window, rounding)
     first, stop = start * count // chunks, (start + width) * count // chunks
     return ~unseen & (place >= first) & (place < stop)
 
 
-def has_turn(size: int, n: int, every: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Whose turn it is in plan n, bool (size,): a keyed share, each id in exactly one of `every` plans in a row."""
+def has_turn(ids: range, n: int, every: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Whose turn it is in plan n, bool (len(ids),): a keyed share, each id in exactly one of `every` plans in a row."""
     key, turn = derive(seed, "seta", "turn"), np.uint64(n % every)
-    mine = np.empty(size, dtype=np.bool_)
-    for start in range(0, size, _PIECE):
-        piece = np.arange(start, min(start + _PIECE, size), dtype=np.uint64)
+    mine = np.empty(len(ids), dtype=np.bool_)
+    for start in range(0, len(ids), _PIECE):
+        some = ids[start : start + _PIECE]
+        piece = np.arange(some.start, some.stop, some.step, dtype=np.uint64)
         mine[start : start + _PIECE] = hash64(piece, key) % np.uint64(every) == turn
     return mine
+
+
+def subset_shares(sizes: Sequence[int], k: int, rng: np.random.Generator) -> list[int]:
+    """How many of a uniform subset of k samples fall into each part of the data: multivariate hypergeometric.
+
+    Args:
+        sizes: samples of each part, 2e9 in all at most.
+        k: of the subset, in [0, sum(sizes)].
+        rng: the generator, the same one for all parts.
+    """
+    if len(sizes) == 1:
+        return [k]
+    half = len(sizes) // 2  # numpy's own draw ends at 1e9 samples in all, halves do at 1e9 each
+    first = int(rng.hypergeometric(sum(sizes[:half]), sum(sizes[half:]), k))
+    return subset_shares(sizes[:half], first, rng) + subset_shares(sizes[half:], k - first, rng)
 
 
 class SeTa(PlannedSampler):
@@ -143,6 +168,8 @@ class SeTa(PlannedSampler):
         TypeError: for an argument that is no number.
         ValueError: for one outside its range.
     """
+
+    plans_shares = True
 
     def __init__(
         self,
@@ -178,20 +205,26 @@ class SeTa(PlannedSampler):
 
     def plan(self, epoch: int, rng: np.random.Generator) -> Plan:
         """Plan number `epoch`: window over the groups, or the uniform subset from delta E on."""
+        ledger = self.ledger
+        totals = ledger.totals
+        lengths = totals.each(len(ledger.ids))
+        shares = subset_shares(lengths, subset_size(self.size, self.prune), generator(self.seed, epoch, "seta"))
+        k = shares[ledger.shard[0]]
         if self.epoch >= round(self.anneal_from * self.epochs, 9):
-            ids = weights.subset(self.size, subset_size(self.size, self.prune), rng)
+            rows = weights.subset(len(ledger.ids), k, rng)
         else:
-            ids = seta_select(
-                self.ledger.column("loss_last").cpu().numpy(),
+            rows = seta_select(
+                ledger.column("loss_last").cpu().numpy(),
                 epoch,
                 rng,
-                prune=self.prune,
                 groups=self.groups,
                 window=self.window,
                 rounding=self.rounding,
+                k=k,
+                totals=totals,
             )
         if self.revisit_every is not None:
-            planned = has_turn(self.size, epoch, self.revisit_every, self.seed)
-            planned[ids] = True
-            ids = np.flatnonzero(planned)
-        return Plan(ids)
+            planned = has_turn(ledger.ids, epoch, self.revisit_every, self.seed)
+            planned[rows] = True
+            rows = np.flatnonzero(planned)
+        return Plan(ledger.ids_of(rows))

@@ -16,7 +16,8 @@ class Uniform(PlannedSampler):
     """
 
     uses_losses = False
+    plans_shares = True
 
     def plan(self, epoch: int, rng: np.random.Generator) -> Plan:
         """The whole data set."""
-        return Plan(range(self.size))
+        return Plan(self.ledger.ids)

@@ -182,10 +182,10 @@ def test_revisit_every_bounds_the_absence():
 
 
 def test_turns_are_even_shares_and_cover_all_ids():
-    turns = np.stack([has_turn(100_000, n, 7, seed=3) for n in range(5, 12)])
+    turns = np.stack([has_turn(range(100_000), n, 7, seed=3) for n in range(5, 12)])
     assert (turns.sum(axis=0) == 1).all()
     assert (np.abs(turns.mean(axis=1) - 1 / 7) <= 5 * np.sqrt(6 / 49 / 100_000)).all()
-    assert not np.array_equal(turns[0], has_turn(100_000, 5, 7, seed=4))
+    assert not np.array_equal(turns[0], has_turn(range(100_000), 5, 7, seed=4))
 
 
 @pytest.mark.parametrize(
