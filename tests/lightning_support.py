@@ -311,6 +311,39 @@ def ddp(folder: Path) -> None:
     torch.save(result, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
 
 
+class Sharded(Traced):
+    """Its parameters are sharded over the ranks (FSDP2, the one that runs without a GPU)."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if not hasattr(self.net, "unshard"):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def fsdp(folder: Path) -> None:
+    """Under FSDP: train with checkpoints at every step, and resume from some."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    def run(*more: Callback, ckpt_path: Path | None = None) -> Model:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        settings = {"strategy": strategy, "devices": 2, "max_epochs": 3}
+        return fit(HardHalf(29), *more, kind=Sharded, ckpt_path=ckpt_path, **settings)
+
+    model = run(SaveEveryStep(folder))
+    result = {"whole": sharded_history(model), "plans": model.plans, "batches": model.batches, "resumed": {}}
+    for step in (2, 5):
+        again = run(ckpt_path=folder / f"on_train_batch_end-{step:03d}.ckpt")
+        result["resumed"][step] = sharded_history(again)
+    torch.save(result, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
+
+
+def sharded_history(model: Model) -> dict[str, Any]:
+    """As :func:`history`, of a model whose parameters are in parts."""
+    model.net.weight = torch.nn.Parameter(model.net.weight.full_tensor().detach())
+    return history(model)
+
+
 def negatives(folder: Path) -> None:
     """Under DDP: hard negatives that are mined anew each epoch, then a run resumed in the middle."""
     import negatives_support as retrieval
@@ -337,7 +370,7 @@ def negatives(folder: Path) -> None:
     torch.save(result, folder / f"rank{os.environ['LOCAL_RANK']}.pt")
 
 
-JOBS = {"resume_all": resume_all, "ddp": ddp, "negatives": negatives}
+JOBS = {"resume_all": resume_all, "ddp": ddp, "fsdp": fsdp, "negatives": negatives}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]](Path(sys.argv[2]))
