@@ -3,8 +3,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from ranks_support import Threads
 from sklearn.cluster import KMeans
 
+from samplewise.cuda_ext.totals import TotalsOverRanks
 from samplewise.plugins import clustering
 from samplewise.plugins.clustering import BINS, group_labels, kmeans_thresholds
 
@@ -135,6 +137,19 @@ def test_order_does_not_matter_and_the_input_is_left_alone(way):
     before = shuffled.copy()
     np.testing.assert_array_equal(kmeans_thresholds(values, 7), kmeans_thresholds(shuffled, 7))
     np.testing.assert_array_equal(shuffled, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shares_of_the_values_give_the_thresholds_of_all(name, way, monkeypatch):
+    values = np.append(distribution(name), np.float32(3))
+    expected = kmeans_thresholds(values, 7)
+    shares = [values[1::2], values[::2], values[:0]]  # one rank has none
+
+    def thresholds(rank):
+        return kmeans_thresholds(shares[rank], 7, totals=TotalsOverRanks())
+
+    for found in Threads(monkeypatch).run(3, thresholds):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

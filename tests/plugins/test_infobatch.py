@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from ranks_support import Threads
 
-from samplewise.plugins import InfoBatch
+from samplewise.cuda_ext.totals import Totals, TotalsOverRanks
+from samplewise.plugins import InfoBatch, infobatch
 from samplewise.plugins.infobatch import PAPER_QUANTILES, infobatch_keep
 
 NAN = np.nan
@@ -61,6 +63,36 @@ def test_weighted_sum_of_losses_is_unbiased(options):
     error = np.std(sums) / np.sqrt(400)
     assert error < 0.001 * truth
     assert abs(np.mean(sums) - truth) <= 5 * error
+
+
+@pytest.mark.parametrize("options", [{"prune": 0.4}, {"quantiles": PAPER_QUANTILES}], ids=str)
+def test_ranks_that_plan_their_shares_draw_as_one_that_plans_all(options, monkeypatch):
+    """Bounds of all losses, on every rank; shares of 400 draws within 5 standard errors."""
+    losses = np.random.default_rng(5).lognormal(0, 1, 61).astype(np.float32) * np.linspace(0.2, 2, 61, dtype=np.float32)
+    losses[[3, 30]] = NAN
+    bounds_of_all, _ = infobatch._loss_bounds(losses, 0.4, options.get("quantiles"), Totals())
+
+    def draws(rank):
+        rng, own = np.random.default_rng((7, rank)), losses[rank::3].copy()
+        bounds, _ = infobatch._loss_bounds(own, 0.4, options.get("quantiles"), TotalsOverRanks())
+        np.testing.assert_array_equal(bounds, bounds_of_all)
+        hits, weights = np.zeros(own.size), np.ones(own.size)
+        for _ in range(400):
+            rows, drawn = infobatch_keep(own, rng, **options, totals=TotalsOverRanks())
+            hits[rows] += 1
+            weights[rows] = drawn
+        return hits / 400, weights
+
+    shares, weights = np.empty(61), np.empty(61)
+    for rank, found in enumerate(Threads(monkeypatch).run(3, draws)):
+        shares[rank::3], weights[rank::3] = found
+    ratios = (0.6,) if "prune" in options else (0.25, 0.5)
+    expected = np.ones(61)
+    for bound, ratio in reversed([*zip(bounds_of_all, ratios, strict=True)]):
+        expected[losses < bound] = ratio
+    assert len(np.unique(expected)) == len(ratios) + 1
+    assert (np.abs(shares - expected) <= 5 * np.sqrt(expected * (1 - expected) / 400)).all()
+    np.testing.assert_allclose(weights, 1 / expected, rtol=1e-6)
 
 
 def test_draw_has_the_right_types_and_order():

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from ranks_support import Threads
 
 from samplewise.plugins import RS2
 from samplewise.plugins.rs2 import Strata, hash_keep, row_block
@@ -150,6 +151,36 @@ def test_hash_plan_is_the_function_and_never_empty():
     sampler = RS2(5000, ratio=0.2, mode="hash", seed=11)
     np.testing.assert_array_equal(rounds(sampler, 1, 4)[0], np.flatnonzero(hash_keep(np.arange(5000), 4, 11, 0.2)))
     assert {ids.size for ids in rounds(RS2(1, ratio=0.01, mode="hash"), 50)} == {1}
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def plans_of_shares(monkeypatch, size, count, **options):
+    """The plans of three ranks, each of which plans its share: ids of all of them together."""
+
+    def plans(rank):
+        sampler = RS2(size, sharded=True, **options)
+        return [sampler.plan(n, np.random.default_rng((n, rank))).ids for n in range(count)]
+
+    return [np.concatenate(parts) for parts in zip(*Threads(monkeypatch).run(3, plans), strict=True)]
+
+
+def test_shares_of_hashed_rounds_are_those_of_the_whole(monkeypatch):
+    whole = rounds(RS2(500, ratio=0.2, mode="hash"), 3)
+    for ids, expected in zip(plans_of_shares(monkeypatch, 500, 3, ratio=0.2, mode="hash"), whole, strict=True):
+        np.testing.assert_array_equal(np.sort(ids), expected)
+    assert {ids.size for ids in plans_of_shares(monkeypatch, 3, 50, ratio=1e-9, mode="hash")} == {1}
+
+
+def test_shares_of_draws_with_replacement_are_uniform(monkeypatch):
+    """Each id equally often, within 5 standard errors; as many draws on a rank's share as fall there by chance."""
+    drawn = plans_of_shares(monkeypatch, 31, 200, ratio=0.7, mode="with_replacement")
+    assert {ids.size for ids in drawn} == {22}
+    counts = np.bincount(np.concatenate(drawn), minlength=31)
+    assert (np.abs(counts - 4400 / 31) <= 5 * np.sqrt(4400 * 30) / 31).all()
+    here = np.array([np.count_nonzero(ids % 3 == 0) for ids in drawn])  # Binomial(22, 11/31), variance 5.04
+    assert abs(here.var() - 5.04) <= 5 * 5.04 * np.sqrt(2 / 200)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

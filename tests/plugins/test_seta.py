@@ -1,9 +1,15 @@
+from collections import Counter
+from itertools import product
+from math import comb, prod
+
 import numpy as np
 import pytest
 import torch
+from ranks_support import Threads
 
+from samplewise.cuda_ext.totals import TotalsOverRanks
 from samplewise.plugins import SeTa
-from samplewise.plugins.seta import has_turn, seta_select, subset_size, window_start_and_width
+from samplewise.plugins.seta import has_turn, seta_select, subset_shares, subset_size, window_start_and_width
 
 NAN = np.nan
 
@@ -116,6 +122,65 @@ def test_fewer_distinct_losses_than_groups_leave_no_window_empty(n):
     losses = np.array([1, 2, 1, 2, 3, 3], dtype=np.float32)
     ids = seta_select(losses, n, rng(), prune=0.0, groups=10, window=0.3)
     assert set(losses[ids]) == {[1, 2, 3][n % 3]}
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_subset_falls_into_the_shares_as_a_uniform_one_does():
+    """The multivariate hypergeometric distribution, within 5 standard errors of 20,000 draws."""
+    sizes, k, generator = (3, 1, 4, 2), 5, rng(3)
+    found = Counter(tuple(subset_shares(sizes, k, generator)) for _ in range(20_000))
+    for drawn in product(*(range(size + 1) for size in sizes)):
+        pmf = prod(map(comb, sizes, drawn)) / comb(sum(sizes), k) if sum(drawn) == k else 0
+        assert abs(found[drawn] / 20_000 - pmf) <= 5 * np.sqrt(pmf * (1 - pmf) / 20_000)
+    assert subset_shares([7], 3, generator) == [3]
+    assert sum(subset_shares([900_000_000, 900_000_000], 10**9, generator)) == 10**9
+
+
+def selected(monkeypatch, losses, n, draws, *, prune, **options):
+    """What three ranks that plan their shares select, `draws` times: ids of all of them together."""
+
+    def select(rank):
+        own, generator, common, parts = losses[rank::3].copy(), rng((n, rank)), rng(n), []
+        sizes = [len(losses[r::3]) for r in range(3)]
+        for _ in range(draws):
+            k = subset_shares(sizes, subset_size(len(losses), prune), common)[rank]
+            parts.append(3 * seta_select(own, n, generator, k=k, totals=TotalsOverRanks(), **options) + rank)
+        return parts
+
+    ranks = Threads(monkeypatch).run(3, select)
+    return [np.sort(np.concatenate(parts)) for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_ranks_that_plan_their_shares_select_what_one_that_plans_all_does(n, monkeypatch):
+    losses = rng(2).lognormal(0, 1, 1001).astype(np.float32)
+    losses[::17] = NAN
+    losses[1::3] *= 3  # one rank's are the hard ones
+    whole = seta_select(losses, n, rng(), prune=0.0, window=0.3)
+    for ids in selected(monkeypatch, losses, n, 1, prune=0.0, window=0.3):
+        np.testing.assert_array_equal(ids, whole)
+
+
+def test_shares_of_a_pruned_plan_are_drawn_uniformly(monkeypatch):
+    """Every sample of the window equally often, within 5 standard errors of 300 draws."""
+    losses, group = grouped_losses()  # no subset misses one of the groups
+    plans = selected(monkeypatch, losses, 1, 300, prune=0.25, window=0.5)
+    shares = np.bincount(np.concatenate(plans), minlength=200) / 300
+    assert (np.abs(shares - 0.75) <= 5 * np.sqrt(0.75 * 0.25 / 300))[(group >= 1) & (group < 6)].all()
+    assert not shares[(group < 1) | (group >= 6)].any()
+    assert {len(ids) for ids in selected(monkeypatch, losses, 0, 20, prune=0.25)} == {150}
+
+
+def test_equal_losses_are_chunks_of_each_share(monkeypatch):
+    losses = np.full(30, 0.3, dtype=np.float32)
+    ids = selected(monkeypatch, losses, 1, 1, prune=0.0, groups=5, window=0.4)[0]
+    assert ids.tolist() == list(range(6, 18))  # the second and third of five chunks, as with one rank
+    losses[np.arange(30) % 3 > 0] = NAN  # on two ranks all are unseen, which are always kept
+    ids = selected(monkeypatch, losses, 1, 1, prune=0.0, groups=5, window=0.4)[0]
+    assert [i for i in ids.tolist() if i % 3 == 0] == [6, 9, 12, 15]
+    assert len(ids) == 24
 
 
 # --- sampler ----------------------------------------------------------------------------------------------------------
