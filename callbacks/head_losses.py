@@ -40,7 +40,14 @@ def value(outputs: Any, name: str, place: int | None = None) -> Any:
     return getattr(outputs, name, None)
 
 
-def of_head(outputs: Any, inputs: Mapping[str, Any], *, causal: bool, problem: str | None = None) -> HeadLosses | None:
+def of_head(
+    outputs: Any,
+    inputs: Mapping[str, Any],
+    *,
+    causal: bool,
+    problem: str | None = None,
+    lengths: Tensor | None = None,
+) -> HeadLosses | None:
     """The losses of the usual heads, told apart by the shapes of logits and labels.
 
     Args:
@@ -48,6 +55,7 @@ def of_head(outputs: Any, inputs: Mapping[str, Any], *, causal: bool, problem: s
         inputs: the batch that it got, with ``labels``, or ``start_positions`` and ``end_positions``.
         causal: whether logits (B, T, C) at t are of the label at t + 1; ``shift_labels`` stand where they belong.
         problem: ``config.problem_type``, which tells a regression of several values from a choice of several labels.
+        lengths: int64 (B,), tokens of each sample where they are laid end to end, in one row.
 
     Returns:
         None where it is another head.
@@ -61,8 +69,8 @@ def of_head(outputs: Any, inputs: Mapping[str, Any], *, causal: bool, problem: s
     whole = not labels.is_floating_point()
     if logits.dim() == 3 and labels.dim() == 2 and whole:
         shifted = inputs.get("shift_labels")
-        return tokens(logits, labels, causal) if shifted is None else tokens(logits, shifted, False)
-    if logits.dim() > 2 or not labels.numel():
+        return tokens(logits, labels, causal, lengths) if shifted is None else tokens(logits, shifted, False, lengths)
+    if logits.dim() > 2 or not labels.numel() or lengths is not None:
         return None
     if problem == "regression" or (problem is None and logits[0].numel() == 1):
         return values(logits, labels)
@@ -72,23 +80,44 @@ def of_head(outputs: Any, inputs: Mapping[str, Any], *, causal: bool, problem: s
     return choices(logits, labels) if labels.shape == logits.shape else None
 
 
-def tokens(logits: Tensor, labels: Tensor, causal: bool) -> HeadLosses:
+def tokens(logits: Tensor, labels: Tensor, causal: bool, lengths: Tensor | None = None) -> HeadLosses:
     """Cross entropy of logits (B, T, C) and labels (B, T); a soft prompt in front of the labels is left out."""
     before = logits.shape[1] - labels.shape[1]
     labels = F.pad(labels.to(logits.device), (before, 0), value=IGNORED) if before > 0 else labels.to(logits.device)
+    if lengths is not None:
+        labels = (F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if causal else labels).flatten()
+        return in_pieces(sample_losses(logits[0], labels).losses, labels != IGNORED, lengths, int(causal))
     counted = (labels[:, 1:] if causal else labels) != IGNORED
     return HeadLosses(sample_losses(logits, labels, causal=causal).losses, counted.sum(1))
 
 
-def log_probabilities(logs: Tensor, counted: Tensor, *, dynamic: bool = False) -> HeadLosses:
-    """From each label's log-probability (B, T), 0 where it does not count, as trl's fused heads give it.
+def in_pieces(losses: Tensor, counted: Tensor, lengths: Tensor, ahead: int) -> HeadLosses:
+    """The losses (T,) of tokens, of which ``counted`` (T,) count, in samples of ``lengths`` (B,) that lie end to end.
+
+    The loss at t belongs to the sample of the token at ``t + ahead``. What is behind the last one fills a row up.
+    """
+    places = torch.arange(len(losses), device=losses.device) + ahead
+    ends = lengths.to(losses.device).cumsum(0)
+    sample = torch.searchsorted(ends, places, right=True).clamp_max(len(lengths) - 1)
+    sums, counts = (torch.zeros(len(lengths), device=losses.device) for _ in range(2))
+    counts = counts.index_add(0, sample, counted.float())
+    return HeadLosses(sums.index_add(0, sample, losses.float() * counted) / counts.clamp_min(1), counts)
+
+
+def log_probabilities(
+    logs: Tensor, counted: Tensor, *, dynamic: bool = False, lengths: Tensor | None = None
+) -> HeadLosses:
+    """From each next label's log-probability (B, T - 1), 0 where it does not count, as trl's fused heads give it.
 
     Args:
         logs: with its graph.
-        counted: bool (B, T).
+        counted: bool (B, T - 1).
         dynamic: each token times its probability, without gradient (``loss_type="dft"``).
+        lengths: see :func:`of_head`.
     """
     losses = -logs * logs.exp().detach() if dynamic else -logs
+    if lengths is not None:
+        return in_pieces(losses.flatten(), counted.flatten(), lengths, 1)
     counts = counted.sum(1)
     return HeadLosses(losses.float().sum(1) / counts.clamp_min(1), counts)
 

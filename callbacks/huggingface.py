@@ -1,4 +1,4 @@
-"""`attach`: the HF Trainer, or an Accelerator's loop, with a planned sampler or a schedule of bit widths."""
+"""`attach`: the HF Trainer with a planned sampler or a schedule of bit widths, accelerate with a sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Losses = Callable[[Any, Mapping[str, Any]], Tensor]
 
 def attach(
     target: Any,
-    what: PlannedSampler | Schedule,
+    what: Any,
     *,
     evaluate: Config | Sequence[Config] | None = None,
     losses: Losses | None = None,
@@ -53,12 +53,15 @@ def attach(
     :class:`~samplewise.callbacks.SwitchBits`, the same for Lightning. Between optimizer steps the model has the
     configuration of evaluations, so that these, predictions and what is saved are made with it.
 
-    Both can be attached to one Trainer. For a loop of your own with accelerate, ``attach(accelerator, sampler)``.
+    Both can be attached to one Trainer.
+
+    **A loop with accelerate**: ``loader = accelerator.prepare(loader)``, then ``attach(accelerator, loader)``, so that
+    the loader's planned sampler knows who deals out its ids, and is saved with the accelerator's state.
 
     Args:
         target: a Trainer before ``train()``, or an ``accelerate.Accelerator``.
         what: the sampler, made with ``len(trainer.train_dataset)``; or a schedule that draws ``{layer: width}``, where
-            the Trainer's model has quantized layers and adapters.
+            the Trainer's model has quantized layers and adapters; or the Accelerator's prepared loader.
         evaluate: of a schedule: the configuration of evaluations; layers that it does not name, and None: the layer's
             largest width. To evaluate at another after the training, call ``set_bits(trainer.model, config)`` first.
         losses: of a sampler: what gives each sample's loss, for models whose heads are not the usual ones. None: cross
@@ -66,10 +69,10 @@ def attach(
             own loss function, row by row. Weights then apply to ``mean(losses)``.
 
     Returns:
-        The callback that the Trainer has now.
+        The callback that the Trainer has now; with an Accelerator, the loader's sampler.
 
     Raises:
-        TypeError: ``target`` is neither, ``what`` is neither, or an option belongs to the other.
+        TypeError: ``target`` or ``what`` is none of these, or an option belongs to the other.
         ValueError: another size than the data set's, or settings of the Trainer that contradict; layers or widths that
             the model does not have, or more than one configuration for evaluations.
         RuntimeError: a second one of the same kind.
@@ -97,6 +100,8 @@ def attach(
         from samplewise.callbacks.huggingface_sampling import attach_sampler
 
         return attach_sampler(target, what, losses)
+    if not isinstance(what, Schedule):
+        raise TypeError(f"attach(trainer, what={type(what).__name__}): a PlannedSampler or a Schedule is needed.")
     _refuse(losses=losses)
     from samplewise.callbacks.huggingface_bits import attach_schedule
 

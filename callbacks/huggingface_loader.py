@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from samplewise.loaders import SAMPLE_ID, PlannedSampler, collate_with_ids, with_ids
 from samplewise.loaders.ids import _WithIds
+
+TOKENS = "input_ids"
+LENGTHS = "sample_lengths"
+"""Tokens of each sample, int64 (B,), in batches whose samples lie end to end."""
 
 _KEPT = (
     "num_workers",
@@ -77,6 +82,22 @@ class KeepIds:
         return batch
 
 
+class NoteLengths:
+    """For collate functions that lay samples end to end, in one row: the batch tells how long each sample is."""
+
+    def __init__(self, collate: Callable[[Any], Any]):
+        self.collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        """Collate a list of items."""
+        batch = self.collate(items)
+        rows = batch.get(TOKENS) if isinstance(batch, MutableMapping) else None
+        whole = isinstance(rows, Tensor) and len(rows) == 1 and isinstance(items, list) and len(items) > 1
+        if whole and all(isinstance(item, Mapping) and TOKENS in item for item in items):
+            batch[LENGTHS] = torch.tensor([len(item[TOKENS]) for item in items], dtype=torch.int64)
+        return batch
+
+
 def passed_batches(loader: Any) -> PassedBatches | None:
     """The batch sampler that :func:`planned_loader` made, under whatever accelerate wraps around it."""
     found = getattr(loader, "batch_sampler", None)
@@ -106,7 +127,7 @@ def planned_loader(trainer: Any, sampler: PlannedSampler, build: Callable[[], An
         loader = build()
     kept = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
     dataset: Any = getattr(loader, "dataset", None)
-    collate: Any = getattr(loader, "collate_fn", None)
+    collate = NoteLengths(getattr(loader, "collate_fn", None))  # type: ignore[arg-type]
     if is_stream(dataset):
         return _prepared_stream(
             trainer.accelerator,
@@ -121,11 +142,11 @@ def planned_loader(trainer: Any, sampler: PlannedSampler, build: Callable[[], An
     batches = _batches_of(loader, sampler)
     check_size(sampler, dataset)
     if isinstance(dataset, _WithIds):
-        collate = KeepIds(collate)
+        with_own: Any = KeepIds(collate)
     else:
-        dataset, collate = with_ids(dataset), collate_with_ids(collate)
+        dataset, with_own = with_ids(dataset), collate_with_ids(collate)
     batches = PassedBatches(sampler, batches.batch_size, batches.drop_last)
-    return trainer.accelerator.prepare(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **kept))
+    return trainer.accelerator.prepare(DataLoader(dataset, batch_sampler=batches, collate_fn=with_own, **kept))
 
 
 @contextmanager

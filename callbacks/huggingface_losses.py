@@ -98,13 +98,14 @@ class StepLosses:
             return base, None
         return base, self.loss_function(base)[0]
 
-    def of(self, step: Step, inputs: Mapping[str, Any], samples: int) -> HeadLosses:
+    def of(self, step: Step, inputs: Mapping[str, Any], samples: int, lengths: Tensor | None = None) -> HeadLosses:
         """The samples' losses in the order of the batch.
 
         Args:
             step: what happened.
             inputs: the batch as the Trainer got it, without ids.
             samples: B.
+            lengths: int64 (B,), tokens of each sample where they are laid end to end, in one row.
 
         Raises:
             RuntimeError: they cannot be told from what the model gave.
@@ -117,25 +118,30 @@ class StepLosses:
             )
         if self.own is not None:
             return _checked(self.own(outputs, inputs), samples)
-        rows = self._rows(step, inputs, samples)
+        rows = self._rows(step, inputs, samples, lengths)
         if rows is None:
             raise RuntimeError(_missing(outputs, inputs))
         if len(rows.losses) != samples:
             raise RuntimeError(
                 f"attach: the batch has {samples} samples, but the model's outputs have {len(rows.losses)} rows, so "
-                f"that no loss belongs to one sample. Collate functions that lay samples end to end do this: set "
-                f"SFTConfig(padding_free=False), with packing=True also packing_strategy='wrapped' (or "
-                f"per_device_train_batch_size=1), or give attach(..., losses=function)."
+                f"that no loss belongs to one sample; have the collate function give a row a sample, or give "
+                f"attach(..., losses=function)."
             )
         return rows
 
-    def _rows(self, step: Step, inputs: Mapping[str, Any], samples: int) -> HeadLosses | None:
+    def _rows(self, step: Step, inputs: Mapping[str, Any], samples: int, lengths: Tensor | None) -> HeadLosses | None:
         trainer, outputs, base = self.trainer, step.outputs, self.base()
         function, causal = self.loss_function(base)
         logs, labels = value(outputs, "log_probs"), inputs.get("labels")
         if isinstance(logs, Tensor) and isinstance(value(outputs, "label_mask"), Tensor):  # trl's fused head
             dynamic = getattr(trainer.args, "loss_type", "nll") == "dft"
-            return log_probabilities(logs, outputs.label_mask, dynamic=dynamic)
+            return log_probabilities(logs, outputs.label_mask, dynamic=dynamic, lengths=lengths)
+        if lengths is not None and (trainer.compute_loss_func or trainer.label_smoother or function):
+            raise RuntimeError(
+                f"attach: {samples} samples are laid end to end in one row, whose loss is told sample by sample for "
+                f"the usual loss of language models only; set SFTConfig(padding_free=False), with packing=True also "
+                f"packing_strategy='wrapped', or give attach(..., losses=function)."
+            )
         if trainer.compute_loss_func is not None:
             counts = _counts(labels, samples, trainer._loss_shifts_labels)
 
@@ -156,7 +162,7 @@ class StepLosses:
             named = {name: given for name, given in named.items() if name != "num_items_in_batch"}
             return _rows_of(_counts(labels, samples, trainer._loss_shifts_labels), function, *args, **named)
         problem = getattr(getattr(base, "config", None), "problem_type", None)
-        return of_head(outputs, inputs, causal=causal, problem=problem)
+        return of_head(outputs, inputs, causal=causal, problem=problem, lengths=lengths)
 
     def parts(self, rows: HeadLosses, loss: Tensor, items: Any) -> tuple[Tensor, Tensor]:
         """What each sample adds to the Trainer's loss, (B,), and by how much their sum misses it."""

@@ -12,7 +12,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from samplewise.callbacks.huggingface import Losses
-from samplewise.callbacks.huggingface_loader import PassedBatches, check_size, is_stream, passed_batches, planned_loader
+from samplewise.callbacks.huggingface_loader import (
+    LENGTHS,
+    PassedBatches,
+    check_size,
+    is_stream,
+    passed_batches,
+    planned_loader,
+)
 from samplewise.callbacks.huggingface_losses import Step, StepLosses
 from samplewise.callbacks.huggingface_state import checkpoint_of, note_checkpoint, transformers, write_file
 from samplewise.cuda_ext.ranks import rank
@@ -32,6 +39,7 @@ def attach_sampler(trainer: Any, sampler: PlannedSampler, losses: Losses | None 
     def get_train_dataloader() -> Any:
         stream = is_stream(trainer.train_dataset)
         sampler.sharding = "sampler" if stream else "loader"
+        sampler.watch.done = True  # the callback looks itself, in each epoch
         if sampler.epoch_length == "plan" and not stream:
             sampler.epoch_length = len(sampler.current_plan)  # a Trainer counts its steps beforehand
         return planned_loader(trainer, sampler, build)
@@ -84,6 +92,7 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._before = 0  # samples consumed before the batch in progress
         self._samples = 0  # of the batch in progress
         self._ids: Tensor | None = None
+        self._lengths: Tensor | None = None  # of its samples, where they are laid end to end
         self._weighted = False
         self._figures: dict[str, float] = {}
 
@@ -242,6 +251,7 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 "made; change get_train_dataloader before attach, and give the loader to the Trainer as it is."
             )
         ids: Tensor = inputs.pop(SAMPLE_ID)
+        self._lengths = inputs.pop(LENGTHS, None)
         if self._batches is not None and self._seen < BATCHES and self.trainer.args.dataloader_in_order:
             self.sampler.check_due(
                 ids,
@@ -278,7 +288,7 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """
         watched = self._seen < BATCHES
         with torch.set_grad_enabled(self._weighted):
-            rows = self.losses.of(step, inputs, ids.numel())
+            rows = self.losses.of(step, inputs, ids.numel(), self._lengths)
             if self._weighted or watched:
                 parts, gap = self.losses.parts(rows, loss, items)
         if watched:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-
 from bits_support import tiny_llama, token_ids
+
 from samplewise.callbacks.huggingface import attach
 from support import HardHalf
 
 ROWS, BATCH = 22, 2
+
+
+def joined(lists):
+    """One list of many."""
+    return list(chain.from_iterable(lists))
 
 
 class Noted(transformers.TrainerCallback):
@@ -90,3 +98,57 @@ def history(trainer, sampler, noted) -> dict[str, Any]:
         "ledger": sampler.ledger.records.numpy().tobytes(),
         "position": (sampler.epoch, sampler.consumed, sampler.step),
     }
+
+
+class Told(torch.nn.Module):
+    """A model whose loss is the square of what it is given, whatever its one weight, which has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels):
+        logits = x[:, None] + (self.weight - self.weight.detach())
+        return {"loss": (logits[:, 0] - labels).square().mean(), "logits": logits}
+
+
+def told_rows(rows=ROWS):
+    """Row i has the loss ((i + 1) / 8)^2, exactly."""
+    return [{"x": torch.tensor((row + 1) / 8), "labels": torch.tensor(0.0)} for row in range(rows)]
+
+
+def join_ranks(rank: int, world: int) -> None:
+    """What torchrun tells a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+
+
+def rank_runs(rank: int, world: int, folder: Path, resumes: tuple[tuple[int, int], ...]) -> dict[Any, Any]:
+    """A run on several ranks that saves each step, and what goes on from ``(accumulation, step)``."""
+    join_ranks(rank, world)
+    settings = {"model": Told(), "data": told_rows(), "save_steps": 1, "ddp_backend": "gloo"}
+    results = {}
+    for accumulation, step in resumes:
+        sampler = HardHalf(ROWS)
+        saves = {"save_strategy": "steps" if not step else "no", "gradient_accumulation_steps": accumulation}
+        place = Path(folder) / f"runs-{accumulation}"
+        trainer, noted = prepare(place, sampler, **{**settings, **saves, "model": Told()})
+        plans = []
+        sampler.on_plan = partial(note_plan, plans, sampler)
+        trainer.train(resume_from_checkpoint=str(place / f"checkpoint-{step}") if step else None)
+        seen = sampler.ledger.seen.numpy()
+        results[accumulation, step] = {
+            **history(trainer, sampler, noted),
+            "plans": plans,
+            "exact": (sampler.ledger.column("loss_last").numpy()[seen] == losses_told()[seen]).all(),
+            "seen": seen.tolist(),
+        }
+    return results
+
+
+def note_plan(plans, sampler):
+    plans.append(sorted(map(int, sampler.current_plan.ids)))
+
+
+def losses_told(rows=ROWS):
+    """float32 (rows,)."""
+    return np.square((np.arange(rows, dtype=np.float32) + 1) / 8)
