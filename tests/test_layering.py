@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("cuda_ext", "loaders", "plugins", "callbacks", "recipes")  # from the lowest to the highest
 CORE_NEEDS = {"torch", "numpy", "typing_extensions", "samplewise"}
 SOURCES = sorted(path for part in PARTS for path in (ROOT / part).glob("**/*.py"))
-ALL = SOURCES + sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).glob("**/*.py"))
+ALL = SOURCES + sorted(path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).glob("**/*.py"))
 
 
 def name_of(path):
