@@ -131,9 +131,10 @@ class ShardedLedger(Ledger):
         self.clear_weights()
         rank, world = self._settle()
         foreign = []
-        for part, given in zip(ids.split(_CHUNK), weights.split(_CHUNK), strict=True):
-            here = part % world == rank
-            self._write_weights(part[here] // world, given[here])
+        for part, given in zip(ids.cpu().split(_CHUNK), weights.split(_CHUNK), strict=True):
+            rows = torch.from_numpy(part.numpy() // world)  # numpy divides by one number much faster than torch
+            here = rows * world + rank == part
+            self._write_weights(rows[here], given[here])
             foreign.append((part[~here], given[~here]))
         if foreign:
             others, given = (torch.cat(parts) for parts in zip(*foreign, strict=True))
@@ -211,8 +212,9 @@ class ShardedLedger(Ledger):
         rank, world = self._settle()
         integers, values = (torch.cat(part) for part in zip(*sources, strict=True))
         origins = torch.arange(world).repeat_interleave(torch.tensor([len(part[0]) for part in sources]))
-        keys, order = torch.sort(integers[:, 1] * world + origins, stable=True)
-        integers, values = integers[order], values[order]
+        keys = integers[:, 1] * world + origins
+        order = torch.from_numpy(np.argsort(keys.numpy(), kind="stable"))
+        keys, integers, values = keys[order], integers[order], values[order]
         windows, self._pending[:] = list(_windows(self._pending)), []
         begin = 0
         for number, entries in enumerate(windows):

@@ -141,6 +141,19 @@ def test_ids_outside_are_refused(threads):
     threads.run(2, outside)
 
 
+def test_ids_outside_that_a_gpu_passed_over_are_an_error_on_all_ranks(threads):
+    def sync(rank):
+        ledger = ShardedLedger(4)
+        if rank == 1:  # as update() leaves them on a GPU
+            ledger._pending.append((torch.tensor([1, -1, 7]), torch.ones(3), None, torch.tensor([0])))
+        with pytest.raises(IndexError, match=r"2 observed ids were outside \[0, 4\)"):
+            ledger.sync()
+        ledger.sync()
+        return ledger.seen.any()
+
+    assert not any(threads.run(2, sync))
+
+
 def test_shards_are_settled_anew_until_something_is_recorded(threads):
     ledger = ShardedLedger(7)
     assert len(ledger.records) == 7  # before there is a process group

@@ -136,20 +136,33 @@ def test_epochs_of_fixed_length(name, length, threads):
                     assert total == pytest.approx(of_plan[np.asarray(plan.ids) == i].sum())
 
 
-@pytest.mark.parametrize(("lengths", "drop_last"), [((8, 8, 4), False), ((8, 8, 7), True)])
-def test_ids_that_move_or_are_left_out_are_drawn_by_lot(lengths, drop_last, threads):
-    """Of 16 planned ids two move, or are left out: each equally often, within 5 standard errors of 300 draws."""
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ids_that_move_or_are_left_out_are_drawn_by_lot(drop_last, threads):
+    """Of ranks 0 and 1 each id equally often, and of both ranks equally many, within 5 standard errors of 300 draws.
+
+    Filled up to 7 a rank, two of their 16 ids move to rank 2 and one of 20 is repeated there; with 6 a rank, two of
+    their ids are left out.
+    """
 
     def served(rank):
-        sampler = Uneven(24, lengths=lengths, drop_last=drop_last)
+        sampler = Uneven(24, lengths=(8, 8, 4), drop_last=drop_last)
         return [list(sampler) for epoch in range(300) if sampler.set_epoch(epoch) is None]
 
     ranks = [np.concatenate(epochs) for epochs in threads.run(3, served)]
-    watched = np.concatenate(ranks) if drop_last else ranks[2]
-    shares = np.bincount(watched, minlength=24)[np.arange(24) % 3 < 2] / 300
-    expected = 7 / 8 if drop_last else shares.mean()
-    assert expected == pytest.approx(7 / 8 if drop_last else 1 / 8 + 1 / 24, abs=0.03)
-    assert (np.abs(shares - expected) <= 5 * np.sqrt(expected * (1 - expected) / 300)).all()
+    counts = np.bincount(np.concatenate(ranks) if drop_last else ranks[2], minlength=24) / 300
+    expected = 7 / 8 if drop_last else 1 / 8 + 1 / 24
+    error = np.sqrt(expected * (1 - expected) / 300)
+    assert (np.abs(counts[np.arange(24) % 3 < 2] - expected) <= 5 * error).all()
+    assert abs(counts[::3].mean() - counts[1::3].mean()) <= 5 * error * np.sqrt(2 / 8) * np.sqrt(2)
+
+
+def test_ranks_draw_and_shuffle_each_for_themselves(threads):
+    def rows(rank, factory):
+        return [i // 3 for i in factory()]
+
+    for factory in (lambda: Uniform(99, sharded=True), lambda: Uneven(99, lengths=(20, 20, 20), shuffle=False)):
+        one, two, three = threads.run(3, rows, factory)
+        assert one != two != three != one
 
 
 def through_file(state):

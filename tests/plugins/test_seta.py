@@ -173,6 +173,16 @@ def test_shares_of_a_pruned_plan_are_drawn_uniformly(monkeypatch):
     assert {len(ids) for ids in selected(monkeypatch, losses, 0, 20, prune=0.25)} == {150}
 
 
+def test_plans_of_shares_have_the_size_of_the_whole_one(monkeypatch):
+    def sizes(rank):
+        sampler = SeTa(101, epochs=4, prune=0.3, anneal_from=0.5, sharded=True)
+        return [len(sampler.plan(n, rng((n, rank))).ids) for n in range(3) if sampler.set_epoch(n) is None]
+
+    ranks = np.array(Threads(monkeypatch).run(3, sizes))
+    assert ranks.sum(axis=0).tolist() == [70, 70, 70]
+    assert len(np.unique(ranks)) > 2
+
+
 def test_equal_losses_are_chunks_of_each_share(monkeypatch):
     losses = np.full(30, 0.3, dtype=np.float32)
     ids = selected(monkeypatch, losses, 1, 1, prune=0.0, groups=5, window=0.4)[0]
