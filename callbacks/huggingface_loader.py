@@ -120,7 +120,7 @@ def planned_loader(trainer: Any, sampler: PlannedSampler, build: Callable[[], An
         build: the Trainer's own ``get_train_dataloader``.
 
     Raises:
-        RuntimeError: it gives a loader that has another sampler.
+        RuntimeError: it gives a loader that has another sampler, or a stream that none plans for.
         ValueError: its data set has another size.
     """
     with _unprepared(trainer, sampler):
@@ -129,6 +129,11 @@ def planned_loader(trainer: Any, sampler: PlannedSampler, build: Callable[[], An
     dataset: Any = getattr(loader, "dataset", None)
     collate = NoteLengths(getattr(loader, "collate_fn", None))  # type: ignore[arg-type]
     if is_stream(dataset):
+        if sampler.on_plan is None:
+            raise RuntimeError(
+                f"attach: the Trainer's data set, {type(dataset).__name__}, is a stream, which takes no sampler. Put a "
+                f"stage into it that follows the sampler's plans: samplewise.loaders.streams.keep(sampler, index)."
+            )
         return _prepared_stream(
             trainer.accelerator,
             DataLoader(

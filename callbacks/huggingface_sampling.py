@@ -323,6 +323,12 @@ def _check_trainer(trainer: Any, sampler: PlannedSampler) -> None:
                 "train_sampling_strategy": "the sampler decides what comes when",
             }[name]
             raise ValueError(f"attach(trainer): {name}={found!r}, but {why}; set TrainingArguments({name}={wanted!r}).")
+    if sampler.sharded and args.world_size > 1:
+        raise ValueError(
+            f"attach(trainer): the loader deals out the ids of all ranks, but each rank of a "
+            f"{type(sampler).__name__}(sharded=True) knows its own only, and one rank saves the state; leave "
+            f"sharded out."
+        )
     if is_stream(trainer.train_dataset):
         return
     check_size(sampler, trainer.train_dataset)

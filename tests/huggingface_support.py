@@ -14,7 +14,9 @@ import transformers
 from bits_support import tiny_llama, token_ids
 
 from samplewise.callbacks.huggingface import attach
-from support import HardHalf
+from samplewise.loaders.key_index import KeyIndex
+from samplewise.loaders.streams import keep
+from support import Everything, HardHalf
 
 ROWS, BATCH = 22, 2
 
@@ -142,7 +144,32 @@ def rank_runs(rank: int, world: int, folder: Path, resumes: tuple[tuple[int, int
             "exact": (sampler.ledger.column("loss_last").numpy()[seen] == losses_told()[seen]).all(),
             "seen": seen.tolist(),
         }
+    results["stream"] = stream_run(rank, world, Path(folder) / "stream")
     return results
+
+
+def stream_run(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Two passes through a stream, of which each rank has half of every plan's 22 samples."""
+    sampler = Everything(ROWS)
+    settings = {"max_steps": 12, "gradient_accumulation_steps": 1, "ddp_backend": "gloo"}
+    trainer, noted = prepare(folder, sampler, model=Told(), data=stream_of(sampler, rank, world), **settings)
+    trainer.train()
+    return {**history(trainer, sampler, noted), "exact": sampler.ledger.column("loss_last").tolist()}
+
+
+class Keyed(torch.utils.data.IterableDataset):
+    """The rows of :func:`told_rows` as samples with keys, dealt out to the ranks."""
+
+    def __init__(self, rank=0, world=1, rows=ROWS):
+        self.items = [{"__key__": f"k{row}", **item} for row, item in enumerate(told_rows(rows))][rank::world]
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def stream_of(sampler, rank=0, world=1):
+    """What the sampler plans of them."""
+    return keep(sampler, KeyIndex.from_keys([f"k{row}" for row in range(sampler.size)])).wrap(Keyed(rank, world))
 
 
 def note_plan(plans, sampler):

@@ -1,5 +1,9 @@
 """`attach(trainer, sampler)`: what the HF Trainer trains on, and what it refuses."""
 
+import subprocess
+import sys
+import types
+
 import datasets
 import pytest
 import torch
@@ -300,10 +304,26 @@ def test_what_attach_takes(tmp_path):
             call()
 
 
+def test_a_ledger_that_is_dealt_out(tmp_path):
+    fresh, _ = prepare(tmp_path)
+    sampler = Everything(ROWS)
+    sampler.sharded = True
+    assert fresh.args.world_size == 1
+    fresh.args.__dict__["distributed_state"] = types.SimpleNamespace(num_processes=2)
+    with pytest.raises(ValueError, match=r"Everything\(sharded=True\) knows its own only.*leave sharded out"):
+        attach(fresh, sampler)
+
+
 def test_a_sampler_of_other_ranks(tmp_path):
     trainer, _ = prepare(tmp_path, Everything(ROWS, num_replicas=2, rank=0))
     with pytest.raises(RuntimeError, match="the sampler serves 2 ranks, the Trainer has 1"):
         trainer.train()
+
+
+def test_attach_itself_needs_no_transformers():
+    """Loops with accelerate go without it."""
+    code = "import sys, samplewise.callbacks.huggingface; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_method_of_another_number_of_epochs(tmp_path):

@@ -143,7 +143,8 @@ def test_losses_of_samples_and_their_weights(tmp_path, name):
     """With weights, a batch adds its own loss times what the weights do to the sum of its samples' losses."""
     own_steps, batches = None, [slice(begin, begin + 2) for begin in range(0, ROWS, 2)]
     given = np.array([1, 1, 0.5, 2, 0, 3, 1, 0.25], dtype=np.float32)
-    for weighted in (None, np.ones(ROWS, np.float32), given):
+    thorough = name in ("causal", "seq2seq", "function")
+    for weighted in (None, np.ones(ROWS, np.float32), given) if thorough else (None, given):
         model, data, settings, options = case(name)
         sampler = Returns(ROWS, Plan(range(ROWS), weighted), shuffle=False)
         settings = {"learning_rate": 0.0, "num_train_epochs": 1, "max_grad_norm": 0, **settings}
@@ -154,6 +155,8 @@ def test_losses_of_samples_and_their_weights(tmp_path, name):
         assert joined(noted.losses) == pytest.approx(losses.tolist(), rel=1e-4)
         if own_steps is None:
             own_steps = found
+            if not thorough:
+                continue
             plain, _ = prepare(
                 tmp_path,
                 model=case(name)[0],

@@ -74,6 +74,16 @@ def test_from_two_ranks_to_one_with_the_same_samples_a_step(runs, folder, step, 
     assert (sampler.epoch, sampler.consumed) == (2, ROWS)
 
 
+def test_a_stream_is_not_dealt_out_twice(runs):
+    runs = [rank["stream"] for rank in runs]
+    for rank, run in enumerate(runs):
+        for begin in (0, 6):
+            assert joined(run["ids"][begin : begin + 6]) == list(range(rank, ROWS, WORLD))
+        assert run["exact"] == losses_told().tolist()
+        assert run["ledger"] == runs[0]["ledger"]
+        assert run["position"][0] == 1
+
+
 def test_another_total_batch_is_refused(runs, folder):
     trainer, _ = prepare(folder / "one", HardHalf(ROWS), model=Told(), data=told_rows(), gradient_accumulation_steps=1)
     with pytest.raises(
