@@ -173,12 +173,14 @@ def _row(given: Any, row: int, samples: int) -> Any:
     return given
 
 
-def shares(rows: HeadLosses, loss: Tensor, items: Any, ranks: int, steps: int) -> tuple[Tensor, Tensor]:
+def shares(
+    rows: HeadLosses, loss: Tensor, items: Any, ranks: int, steps: int, *, means: bool = False
+) -> tuple[Tensor, Tensor]:
     """What each sample adds to a batch's loss: (B,), with its graph, and how far their sum is from it.
 
     Losses are made of the samples' in one of few ways: the mean over all tokens of the batch, the sum of them over the
-    tokens of an optimizer step, or the mean over samples. Models do not tell which, and some ignore the number that
-    they are given; so the way is taken that comes to ``loss``, without waiting for a GPU.
+    tokens of an optimizer step, or the mean, or the sum, over samples. Models do not tell which, and some ignore the
+    number that they are given; so the way is taken that comes to ``loss``, without waiting for a GPU.
 
     Args:
         rows: of the batch.
@@ -186,11 +188,14 @@ def shares(rows: HeadLosses, loss: Tensor, items: Any, ranks: int, steps: int) -
         items: tokens of the optimizer step, over all its batches, None where they were not counted.
         ranks: what the Trainer multiplies by where ``items`` are those of all ranks.
         steps: batches of the optimizer step.
+        means: the mean over samples is known to be the way.
     """
     losses, counts = rows.losses, rows.counts
     sums, samples = losses * counts, len(losses)
-    ways = [sums / counts.sum().clamp_min(1), losses / samples, losses / (samples * steps)]
-    if items is not None:
+    ways = [losses / samples, losses / (samples * steps)]
+    if not means:
+        ways = [sums / counts.sum().clamp_min(1), *ways, losses]
+    if items is not None and not means:
         items = torch.as_tensor(items, device=losses.device).reshape(-1)[:1]
         ways = [sums * ranks / items, *ways]
     table = torch.stack(ways)

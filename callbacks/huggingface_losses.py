@@ -170,7 +170,8 @@ class StepLosses:
         ranks = 1
         if trainer.args.average_tokens_across_devices:
             ranks = trainer.accelerator.num_processes
-        return shares(rows, loss, items, ranks, trainer.current_gradient_accumulation_steps)
+        steps = trainer.current_gradient_accumulation_steps
+        return shares(rows, loss, items, ranks, steps, means=self.own is not None)
 
     def check(self, step: Step, rows: HeadLosses, loss: Tensor, gap: Tensor) -> None:
         """Raise where the samples' losses do not make up the Trainer's.

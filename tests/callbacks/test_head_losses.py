@@ -111,6 +111,7 @@ WAYS = [
     (LOSSES * COUNTS * 3 / 50, torch.tensor(50), 3, 2),
     (LOSSES / 3, 20, 1, 2),
     (LOSSES / 6, torch.tensor([20.0]), 1, 2),
+    (LOSSES, None, 1, 2),
 ]
 
 
@@ -126,6 +127,8 @@ def test_how_a_loss_is_made_up(parts, items, ranks, steps):
 
 def test_a_loss_that_is_made_up_otherwise():
     found, gap = shares(HeadLosses(LOSSES, COUNTS), torch.tensor(10.0), None, 1, 1)
-    assert float(gap) == pytest.approx(10 - 7 / 3)
+    assert float(gap) == pytest.approx(10 - 7)
+    found, _ = shares(HeadLosses(LOSSES, COUNTS), torch.tensor(7.0), 20, 1, 1, means=True)
+    torch.testing.assert_close(found, LOSSES / 3)
     found, gap = shares(HeadLosses(LOSSES, COUNTS), torch.tensor(torch.nan), None, 1, 1)
     assert torch.isfinite(found).all()

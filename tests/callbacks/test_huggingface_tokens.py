@@ -8,6 +8,7 @@ import torch
 import transformers
 from refresh_support import BATCH, BATCHES, DATA, EPOCHS, SIZE, TOKENIZER, TokenRun, llama
 
+from samplewise.callbacks.huggingface import attach
 from samplewise.callbacks.huggingface_tokens import STATE_FILE, RefreshSelfTokens
 from samplewise.loaders import with_ids
 from samplewise.plugins import BetaSchedule, CorrectionDataset, SelfTokenMixer, TokenBuffer, Uniform
@@ -250,3 +251,25 @@ def test_wrong_settings(tmp_path):
         RefreshSelfTokens(mixer, torch.nn.Linear(1, 1), every_n_epochs=1)
     with pytest.raises(TypeError, match="there are, for a SelfTokenMixer, rollout"):
         RefreshSelfTokens(mixer, every_n_epochs=1, tempersture=1)
+
+
+def test_beside_a_planned_sampler(tmp_path):
+    """The mixer gets the ids that it replaces by, and the sampler records whose losses they are."""
+    sampler, seen = Uniform(SIZE), []
+    buffer, model = TokenBuffer(tmp_path / "table", DATA, TOKENIZER, keep=20), llama()
+    mixer = SelfTokenMixer(buffer, beta=0.5, collate=pad_left, keep_ids=False)
+    refresh = RefreshSelfTokens(mixer, every_n_epochs=1, progress=False)
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": BATCH, "remove_unused_columns": False}
+    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(tmp_path), **settings), data_collator=mixer,
+        train_dataset=with_ids(DATA), callbacks=[refresh],
+    )  # fmt: skip
+    attach(trainer, sampler)
+    observe = sampler.observe
+    sampler.observe = lambda ids, losses: (seen.append(ids.tolist()), observe(ids, losses))[1]
+    trainer.train()
+    assert [row["version"] for row in refresh.history] == [1, 2]
+    for begin in (0, BATCHES):
+        assert sorted(sum(seen[begin : begin + BATCHES], [])) == list(range(SIZE))  # noqa: RUF017
+    assert sampler.ledger.seen.all()
