@@ -137,17 +137,16 @@ def balanced(owner: str, plan: Plan, number: int, seed: int, ledger: Ledger, dro
         return plan.check(ledger.size, name)
     plan = plan.check(ledger.size, name) if len(plan) else Plan(np.empty(0, dtype=np.int64))
     totals = ledger.totals
-    lengths, weighted = totals.each(len(plan)), totals.total(plan.weights is not None) > 0
+    lengths = totals.each(len(plan))
     if sum(lengths) == 0:
         raise ValueError(f"{name}: the plan is empty on all ranks, so the epoch would train on nothing.")
     length = sum(lengths) // world if drop_last else -(-sum(lengths) // world)
     if length == 0:
         raise ValueError(f"{owner}(drop_last=True): the plan of {sum(lengths)} samples leaves none for each rank.")
-    if set(lengths) != {length}:
-        plan = _exchanged(plan, lengths, length, weighted, number, seed, rank)
-    if weighted and plan.weights is None:
-        plan = Plan(plan.ids, np.ones(len(plan), dtype=np.float32))
-    return plan
+    if set(lengths) == {length}:
+        return plan
+    weighted = totals.total(plan.weights is not None) > 0
+    return _exchanged(plan, lengths, length, weighted, number, seed, rank)
 
 
 def _exchanged(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ class Threads:
             raise errors[0]
         assert not self._barrier.broken
         return results
+
+    @contextmanager
+    def acting_as(self, rank: int, world: int) -> Iterator[None]:
+        """This thread is one of the ranks, for what is not collective."""
+        self._here.rank, self._here.world = rank, world
+        try:
+            yield
+        finally:
+            self._here.rank, self._here.world = 0, 1
 
     def _gather_rows(self, *tensors):
         if self._here.world == 1:

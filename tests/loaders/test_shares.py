@@ -114,6 +114,7 @@ def test_the_union_over_ranks_is_the_plan(name, common, threads, monkeypatch):
                     weights |= zip(plan.ids.tolist(), plan.weights.tolist(), strict=True)
             for ids, applied, _ in parts:
                 assert applied == [weights[i] for i in ids]
+                assert common.get("shuffle", True) or name == "rs2 with_replacement" or ids == sorted(ids)
         assert [[ids for ids, _, _ in rank] for rank in threads.run(world, epochs, METHODS[name], common)] == [
             [ids for ids, _, _ in rank] for rank in ranks
         ]
@@ -206,17 +207,11 @@ def test_resume_is_exact_at_any_cursor_on_the_same_ranks(name, common, threads):
 
 
 def real_ranks(rank):
-    """Real processes: workers, a resume, and the ledger at the end."""
+    """Real processes: three epochs, and a resume into the fourth."""
     sampler = InfoBatch(SIZE, epochs=9, sharded=True)
     for epoch in range(3):
         sampler.set_epoch(epoch)
-        loader = DataLoader(with_ids(range(SIZE)), batch_size=5, sampler=sampler, num_workers=2 * (epoch == 1))
-        served = []
-        order = list(sampler)
-        for ids, _ in loader:
-            sampler.observe(ids, loss_of(ids, sampler.step))
-            served += ids.tolist()
-        assert served == order
+        train(sampler)
     other = InfoBatch(SIZE, epochs=9, sharded=True)
     other.load_state_dict(through_file(sampler.state_dict()))
     sampler.set_epoch(3)
@@ -238,6 +233,14 @@ def test_in_real_processes(threads):
     ):
         assert order == expected
         assert torch.equal(records.view(torch.int32), expected_records.view(torch.int32))
+
+
+def test_workers_do_not_change_the_order(threads):
+    samplers = threads.run(2, lambda rank: (sampler := Uniform(SIZE, sharded=True), len(sampler))[0])
+    for rank, sampler in enumerate(samplers):
+        with threads.acting_as(rank, 2):
+            loader = DataLoader(with_ids(range(SIZE)), batch_size=5, sampler=sampler, num_workers=2)
+            assert torch.cat([ids for ids, _ in loader]).tolist() == list(sampler)
 
 
 def test_with_one_process_nothing_changes():

@@ -183,6 +183,15 @@ def test_plans_of_shares_have_the_size_of_the_whole_one(monkeypatch):
     assert len(np.unique(ranks)) > 2
 
 
+def test_shares_hold_those_whose_turn_it_is(monkeypatch):
+    def plans(rank):
+        sampler = SeTa(101, epochs=9, prune=0.9, revisit_every=3, seed=4, sharded=True)
+        return [sampler.plan(n, rng((n, rank))).ids for n in range(3)]
+
+    for n, parts in enumerate(zip(*Threads(monkeypatch).run(3, plans), strict=True)):
+        assert set(np.flatnonzero(has_turn(range(101), n, 3, seed=4))) <= set(np.concatenate(parts))
+
+
 def test_equal_losses_are_chunks_of_each_share(monkeypatch):
     losses = np.full(30, 0.3, dtype=np.float32)
     ids = selected(monkeypatch, losses, 1, 1, prune=0.0, groups=5, window=0.4)[0]
