@@ -21,8 +21,16 @@ which also applies the plan's weights::
         sampler.set_epoch(epoch)                                             # before the loader is iterated
         for ids, images, labels in loader: ...
 
-Hugging Face: ``ds.map(stage.batch, batched=True)``; ``ds.decode(False)`` before it and ``.decode(True)`` behind it let
-it stand before the decoding. Any other iterable of dicts: ``stage.wrap(iterable)``.
+Hugging Face: ``ds.map(stage.batch, batched=True)``, and ``ds.set_epoch(epoch)`` beside the sampler's, without which a
+data set that was resumed begins later epochs where it was saved, too. Where it decodes images or audio, let the stage
+stand before that::
+
+    features = Features({**ds.features, "sample_id": Value("int64")})
+    ds = ds.decode(False).map(stage.batch, batched=True, features=features).decode(True)
+
+Any other iterable of dicts: ``stage.wrap(iterable)``. To resume in the middle of an epoch: :class:`Resumable` around
+the pipeline, in torchdata's ``StatefulDataLoader``; Hugging Face's data sets have states of their own (without a
+shuffle buffer they are exact).
 
 What a stream cannot give. A plan's order is not the stream's: shuffle behind the stage, and the more so where a plan
 repeats samples, whose copies come one after another. The number of batches of an epoch is not known beforehand, workers

@@ -206,7 +206,8 @@ def test_mistakes(make, error, message):
 
 
 NAMES = [
-    "a.jpg", "a.cls", "b.c.jpg", "b.JSON", "folder/", "folder/a.jpg", "folder.x/a.jpg", "./d.jpg", "no_suffix",
+    "a.jpg", "a.cls", "b.c.jpg", "b.JSON", "folder/", "dotted.x/",
+    "folder/a.jpg", "folder.x/a.jpg", "./d.jpg", "no_suffix",
     ".hidden", "__meta__", "__meta__/e.jpg", "__f.jpg", "g/.hidden.txt", "h.", "ü.jpg", "i.1.jpg", "i.2.jpg",
 ]  # fmt: skip
 

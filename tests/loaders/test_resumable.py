@@ -183,6 +183,13 @@ def test_a_pass_goes_on(samples, rest):
     assert list(again) == list(resumed) == []
 
 
+def test_a_pass_that_had_ended_reads_nothing():
+    saved, resumed = pass_at(3), pass_at(3, length=1)
+    assert len(list(saved)) == 5
+    resumed.load_state_dict(saved.state_dict())
+    assert list(resumed) == []
+
+
 def test_in_the_next_epoch_a_pass_begins_anew():
     resumed = pass_at(4)
     resumed.load_state_dict(state_at(3, 2))
@@ -210,12 +217,13 @@ def test_a_pass_that_has_become_shorter(in_step):
         next(resumed)
 
 
-def test_two_passes_at_once_do_not_disturb_each_other():
-    sampler = Lengths(5, lengths=[5])
-    samples = keep(sampler, KeyIndex.from_keys(range(5)), key="k").wrap([{"k": number} for number in range(5)])
-    one, two = iter(samples), iter(samples)
+def test_passes_at_the_same_time_do_not_disturb_each_other():
+    stage = keep(Lengths(5, lengths=[5]), KeyIndex.from_keys(range(5)), key="k")
+    samples = [{"k": number} for number in range(5)]
+    one, two = (iter(stage.wrap(samples)) for _ in range(2))
     two.load_state_dict({**one.state_dict(), "yielded": 2})
-    rows = [(next(one)["sample_id"], next(two)["sample_id"]) for _ in range(3)]
-    assert rows == [(0, 2), (1, 3), (2, 4)]
-    assert one.state_dict()["in_step"]
+    for rows in [(0, 2), (1, 3), (2, 4)]:
+        assert (next(one)["sample_id"], next(two)["sample_id"]) == rows
+        assert len(list(stage(samples))) == 5  # as a pipeline without an end that resumes
+    assert one.state_dict() == {"version": 1, "epoch": 0, "yielded": 3, "in_step": True, "ended": False}
     assert two.state_dict() == {**one.state_dict(), "yielded": 5}

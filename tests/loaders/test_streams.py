@@ -189,6 +189,22 @@ def test_hugging_faces_iterable_dataset(workers):
         assert [text for batch in batches for text in batch["text"]] == [str(row) for row in rows]
 
 
+def test_hugging_faces_images_are_decoded_behind_the_stage(monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    import datasets
+
+    rows = {"id": list(range(9)), "image": [image.new("L", (2, 2), 20 * number) for number in range(9)]}
+    features = datasets.Features({"id": datasets.Value("int64"), "image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset()
+    stage = keep(Returns(9, Plan(np.array([7, 2]))), KeyIndex.from_keys(range(9)), key="id")
+    features = datasets.Features({**dataset.features, "sample_id": datasets.Value("int64")})
+    decode, count = datasets.Image.decode_example, []
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *args, **kw: (count.append(1), decode(*args, **kw))[1])
+    samples = list(dataset.decode(False).map(stage.batch, batched=True, features=features).decode(True))
+    assert [(sample["sample_id"], sample["image"].getpixel((0, 0))) for sample in samples] == [(2, 40), (7, 140)]
+    assert len(count) == 2
+
+
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_batches_of_columns(kind):
     sampler = Returns(6, Plan(np.array([5, 0, 5, 2])))
@@ -326,7 +342,8 @@ def test_shards_may_come_again(paths):
 def test_counts_of_plans():
     assert plan_counts(Plan(np.array([2, 0])), 4, "X").tolist() == [1, 0, 1, 0]
     assert plan_counts(Plan(np.array([0, 2, 2])), 4, "X").tolist() == [1, 0, 2, 0]
-    assert plan_counts(Plan(range(3, 0, -2)), 4, "X").tolist() == [0, 1, 0, 1]
+    assert plan_counts(Plan(range(3, -1, -2)), 4, "X").tolist() == [0, 1, 0, 1]
+    assert plan_counts(Plan(range(2, -1, -2)), 4, "X").tolist() == [1, 0, 1, 0]
     assert plan_counts(Plan(range(1, 4)), 4, "X").tolist() == [0, 1, 1, 1]
     assert plan_counts(Plan(np.full(65_535, 1)), 2, "X").tolist() == [0, 65_535]
 
