@@ -160,6 +160,7 @@ class SamplingCallback(Callback):
         loader = combined_loader(trainer).flattened[index]
         if is_stream(loader):
             self._batch_size = None
+            self.sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # there is no sampler to set
             return
         batches = _refresh_lengths(trainer, index, self.sampler)
         self._batch_size = batch_size_of(loader)
@@ -362,8 +363,9 @@ def _check_batches_done(trainer: Any, sampler: PlannedSampler) -> None:
     loader = combined_loader(trainer).flattened[planned_loader(trainer, sampler)]
     if is_stream(loader):
         warnings.warn(
-            f"SamplingCallback: epoch {sampler.epoch} goes on, but a stream is read from its beginning, unless its "
-            f"loader is torchdata's StatefulDataLoader over one that keeps its place (samplewise.loaders.streams).",
+            f"SamplingCallback: epoch {sampler.epoch} goes on in a stream, and Lightning does not save its exact place: "
+            f"a DataLoader reads it from its beginning once more; of a StatefulDataLoader the first rank's place "
+            f"counts, and the batch that was fetched ahead is passed over. Checkpoints of an epoch's end are exact.",
             stacklevel=2,
         )
         return

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.order import Order
@@ -70,43 +72,58 @@ def begin_again(owner: str, ids: Tensor, order: Order, cursor: Cursor, first: in
 
 
 class ReshardingWatch:
-    """Notices, in a loop that nothing of ours takes part in, that accelerate deals out ids a second time.
+    """Notices that accelerate deals out a second time what is dealt out to the ranks already.
 
-    Rank r of W then gets every W-th batch of its own, r, r + W, r + 2 W, ..., and the others are lost. It is said after
-    a few batches that show this very pattern, where an Accelerator is in use and the sampler was not told of it.
+    It does so with every loader that it prepared, where the sampler was not told of it: the rank then gets one batch
+    in W of its own, and the others are lost. Of a stream whose shards are divided, it reads the first rank's only.
 
     Attributes:
         done: whether there is nothing more to look at.
     """
 
     def __init__(self) -> None:
-        self._shown = 0
+        self._left = BATCHES
         self.done = False
 
-    def look(self, owner: str, ids: Tensor, order: Order, position: int, ranks: int) -> None:
-        """Look at one of the first batches.
+    def look(self, sampler: Any, ids: Tensor) -> None:
+        """Look at what accelerate iterates while one of the first batches is observed.
 
         Args:
-            owner: the sampler's class, for the message.
-            ids: integer (B,).
-            order: of the loader's ids.
-            position: where the epoch stands, over all ranks.
-            ranks: number of ranks.
+            sampler: a PlannedSampler.
+            ids: integer (B,), the batch.
 
         Raises:
-            RuntimeError: the pattern is there.
+            RuntimeError: it deals out the sampler's ids, or a stream that follows the sampler.
         """
-        size = ids.numel()
-        first = (self._shown * ranks + order.rank) * size
-        shown = ranks > 1 and first + size <= order.length and _accelerate_in_use()
-        self.done = not (shown and np.array_equal(ids.cpu().numpy(), order.ids(first, first + size)))
-        self._shown += 1
-        if not self.done and self._shown == BATCHES:
-            raise RuntimeError(
-                f"{owner}: accelerate deals the sampler's ids out to the ranks a second time, so that this rank gets "
-                f"one batch in {ranks} of its own and the others are lost. After loader = accelerator.prepare(loader), "
-                f"call samplewise.callbacks.huggingface.attach(accelerator, loader)."
-            )
+        self._left -= 1
+        self.done = sampler.num_replicas == 1 or not self._left
+        if sampler.num_replicas == 1:
+            return
+        for loader in _prepared_loaders():
+            dealt = type(loader).__name__ == "DataLoaderDispatcher"
+            batches = getattr(loader, "batch_sampler", None)
+            if getattr(batches, "num_processes", 1) > 1:
+                dealt, batches = True, batches.batch_sampler
+            if dealt and getattr(batches, "sampler", None) is sampler:
+                raise RuntimeError(
+                    f"{type(sampler).__name__}: accelerate deals the sampler's ids out to the ranks a second time, so "
+                    f"that most of them are lost. After loader = accelerator.prepare(loader), call "
+                    f"samplewise.callbacks.huggingface.attach(accelerator, loader)."
+                )
+            dealt = dealt or type(loader.dataset).__name__ == "IterableDatasetShard"
+            if dealt and sampler.on_plan is not None and isinstance(loader.dataset, IterableDataset):
+                raise RuntimeError(
+                    f"{type(sampler).__name__}: accelerate deals a stream out to the ranks whose shards they divide "
+                    f"among themselves already. Leave its loader out of accelerator.prepare(...)."
+                )
+
+
+def _prepared_loaders() -> list[Any]:
+    """The loaders that accelerate made and that are being iterated."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state:
+        return []
+    return [loader for loader in state.GradientState().dataloader_references if loader is not None]
 
 
 class DueWatch:
@@ -125,18 +142,17 @@ class DueWatch:
         self._left = BATCHES
         self.done = False
 
-    def look(self, owner: str, ids: Tensor, order: Order, position: int, ranks: int) -> None:
+    def look(self, sampler: Any, ids: Tensor) -> None:
         """Look at one of the first batches; a step may be observed in pieces.
+
+        Args:
+            sampler: a PlannedSampler.
+            ids: integer (B,), the batch.
 
         Raises:
             RuntimeError: other ids than those of this step or the next.
         """
-        start = position - (position - order.begin) % self._step
-        check_due(owner, ids, order, start, 2 * self._step, self._fix)
+        start = sampler.consumed - (sampler.consumed - sampler.begin) % self._step
+        check_due(type(sampler).__name__, ids, sampler.order(), start, 2 * self._step, self._fix)
         self._left -= 1
         self.done = not self._left
-
-
-def _accelerate_in_use() -> bool:
-    state = sys.modules.get("accelerate.state")
-    return bool(state and state.PartialState._shared_state)

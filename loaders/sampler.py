@@ -230,12 +230,13 @@ class PlannedSampler(DistributedSampler[int], ABC):
         # Never behind the back of a loop that calls set_epoch(): it may just look at a batch, or evaluate.
         if not self._set_epoch_called and self._cursor.is_left(self.total_size):
             self._go_to(self.epoch + 1)
-        order = self._order()
+        order = self.order()
         self._cursor.begin()
         start = order.index_of(self._cursor.start)
         return OrderIterator(order, self.epoch, start, self._previous_order, self._cursor.mark_drawn)
 
-    def _order(self) -> Order:
+    def order(self) -> Order:
+        """The current epoch's ids as the loader gets them."""
         return self._settled().order(self.num_replicas, self.rank if self.sharding == "sampler" else None)
 
     def check_due(self, ids: Tensor, owner: str, fix: str) -> None:
@@ -249,7 +250,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         Raises:
             RuntimeError: the ids are not among those that are due.
         """
-        check_due(owner, ids, self._order(), self.consumed, ids.numel() * self.num_replicas, fix)
+        check_due(owner, ids, self.order(), self.consumed, ids.numel() * self.num_replicas, fix)
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
@@ -284,9 +285,9 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self._settled()
         self.ledger.update(ids, losses, scores=scores)
         if self._cursor.iterated_again:
-            begin_again(type(self).__name__, ids, self._order(), self._cursor, self._first_of(ids))
+            begin_again(type(self).__name__, ids, self.order(), self._cursor, self._first_of(ids))
         if not self.watch.done:
-            self.watch.look(type(self).__name__, ids, self._order(), self.consumed, self.num_replicas)
+            self.watch.look(self, ids)
         self._cursor.count(ids.numel() * self.num_replicas)
         if self._weighted or self.ledger.is_captured:
             return (self.ledger.weights(ids, device=losses.device) * losses).mean()
@@ -387,7 +388,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         if self._cursor.is_complete(state["total"]):  # what comes next is a plan of the ledger just loaded
             if state["ledger"]["pending"]:
                 self.ledger.sync()
-            previous = self._order()
+            previous = self.order()
             self.epoch += 1
             self._cursor = Cursor.at_start(self.step)
             self._make_epoch(perf_counter())

@@ -1,6 +1,7 @@
 """Plain loops with accelerate, on one rank and on two."""
 
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from samplewise.callbacks.huggingface import attach
 from samplewise.loaders import with_ids
+from samplewise.loaders.streams import KeyIndex, keep
 from support import Everything, HardHalf, loss_of, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*'set_vital' is deprecated")
@@ -129,13 +131,41 @@ def two_ranks(rank, folder):
     parts = prepared()
     parts[0].load_state(folder)
     results["resumed"] = train(parts)[0]
+    results["refused"] = {name: refusal(**settings) for name, settings in NOT_ATTACHED.items()}
     forget_accelerate()
-    try:
-        parts = prepared(attached=False)
-        train(parts)
-    except RuntimeError as error:
-        results["not attached"] = str(error)
+    sampler, accelerator = Everything(SIZE), Accelerator(cpu=True)
+    accelerator.prepare(DataLoader(with_ids(Rows()), batch_size=BATCH))  # another loader does not matter
+    seen = [batch["sample_id"].tolist() for batch in DataLoader(with_ids(Rows()), batch_size=BATCH, sampler=sampler)]
+    for ids in map(torch.tensor, seen):
+        sampler.observe(ids, loss_of(ids))
+    results["left alone"] = sampler.consumed
     return results
+
+
+NOT_ATTACHED = {
+    "dealt out": {},
+    "dispatched": {"dataloader_config": DataLoaderConfiguration(dispatch_batches=True)},
+    "a stream": {"stream": True, "dataloader_config": DataLoaderConfiguration(dispatch_batches=False)},
+    "a stream from the first rank": {"stream": True},
+}
+
+
+def refusal(*, stream=False, **settings):
+    """What is said of a prepared loader that is not attached, and after how many batches."""
+    forget_accelerate()
+    accelerator = Accelerator(cpu=True, **settings)
+    sampler = Everything(SIZE)
+    if stream:
+        stage = keep(sampler, KeyIndex.from_keys(range(SIZE)), key="row")
+        loader = DataLoader(stage.wrap([{"row": row} for row in range(SIZE)]), batch_size=BATCH)
+    else:
+        loader = DataLoader(with_ids(Rows()), batch_size=BATCH, sampler=sampler)
+    for number, batch in enumerate(accelerator.prepare(loader)):
+        ids = batch["sample_id"]
+        try:
+            sampler.observe(ids, loss_of(ids))
+        except RuntimeError as error:
+            return number, str(error)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +204,20 @@ def test_resume_on_two_ranks(ranks):
         assert list(resumed) == [1, 2]
 
 
-def test_a_loader_that_is_prepared_but_not_attached(ranks):
-    assert all("a second time" in rank["not attached"] for rank in ranks)
+@pytest.mark.parametrize("name", NOT_ATTACHED)
+def test_a_loader_that_is_prepared_but_not_attached(ranks, name):
+    """T12."""
+    fix = (
+        r"Leave its loader out of accelerator\.prepare" if "stream" in name else r"call .*attach\(accelerator, loader\)"
+    )
+    for rank in ranks:
+        batches, message = rank["refused"][name]
+        assert batches == 0
+        assert re.search(fix, message)
+
+
+def test_a_loader_that_is_not_prepared(ranks):
+    assert [rank["left alone"] for rank in ranks] == [SIZE + 1] * 2
 
 
 class Stream(IterableDataset):

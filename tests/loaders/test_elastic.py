@@ -1,12 +1,10 @@
 """Another number of ranks: an epoch that was begun by some goes on with others; and loaders that deal out the ids."""
 
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.state import PartialState
 from torch.utils.data import BatchSampler
 
 from samplewise.loaders import DistinctBatches
@@ -193,39 +191,3 @@ def test_a_batch_of_another_sampler_is_not_due(sharding):
     others = [(i * 37) % SIZE for i in range(BATCH)]
     with pytest.raises(RuntimeError, match=r"^SomeCallback: the batch holds the samples \[0, 37, 74\].*Set it\.$"):
         ranks[1].check_due(torch.tensor(others), "SomeCallback", "Set it.")
-
-
-@pytest.fixture
-def accelerator_exists():
-    PartialState(cpu=True)
-    yield
-    PartialState._reset_state()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ids_that_are_dealt_out_twice(rank, accelerator_exists):
-    """T12: accelerate does so with a sampler that serves one rank already."""
-    sampler = make(2)[rank]
-    twice = BatchSamplerShard(BatchSampler(sampler, BATCH, drop_last=False), 2, rank)
-    first, second, third = (torch.tensor(batch) for batch in islice(twice, 3))
-    for ids in (first, second):
-        sampler.observe(ids, loss_of(ids))
-    with pytest.raises(RuntimeError, match=r"a second time.*attach\(accelerator, loader\)"):
-        sampler.observe(third, loss_of(third))
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ids_that_are_dealt_out_once_are_left_alone(rank, accelerator_exists):
-    sampler = make(2)[rank]
-    for batch in BatchSampler(sampler, BATCH, drop_last=False):
-        sampler.observe(torch.tensor(batch), loss_of(torch.tensor(batch)))
-    assert sampler.consumed == sampler.total_size
-
-
-def test_batches_that_come_out_of_order_without_accelerate():
-    """Two workers, the second of which is slow, give the same pattern."""
-    sampler = make(2)[0]
-    batches = list(BatchSampler(sampler, BATCH, drop_last=False))
-    for number in (0, 2, 4, 1, 3, 5):
-        sampler.observe(torch.tensor(batches[number]), loss_of(torch.tensor(batches[number])))
-    assert sampler.consumed == 6 * 2 * BATCH
