@@ -363,7 +363,7 @@ def _check_batches_done(trainer: Any, sampler: PlannedSampler) -> None:
     loader = combined_loader(trainer).flattened[planned_loader(trainer, sampler)]
     if is_stream(loader):
         warnings.warn(
-            f"SamplingCallback: epoch {sampler.epoch} goes on in a stream, and Lightning does not save its exact place: "
+            f"SamplingCallback: epoch {sampler.epoch} goes on in a stream, whose place Lightning saves roughly: "
             f"a DataLoader reads it from its beginning once more; of a StatefulDataLoader the first rank's place "
             f"counts, and the batch that was fetched ahead is passed over. Checkpoints of an epoch's end are exact.",
             stacklevel=2,
