@@ -85,11 +85,17 @@ def keep(sampler: PlannedSampler, index: KeyIndex, key: str = "__key__") -> Keep
 
     Raises:
         TypeError: no sampler, or no index.
-        ValueError: the sampler's size is neither of the two, or the index is empty and has no room to grow.
+        ValueError: the sampler's size is neither of the two, its ledger is sharded over the ranks, or a plan has a row
+            more than 65,535 times.
     """
     if not isinstance(sampler, PlannedSampler) or not isinstance(index, KeyIndex):
         raise TypeError(
             f"keep({type(sampler).__name__}, {type(index).__name__}): it takes a sampler and a KeyIndex, in this order."
+        )
+    if sampler.sharded:
+        raise ValueError(
+            f"keep({type(sampler).__name__}(sharded=True), KeyIndex): a rank would know the plan of its ledger's share "
+            f"only, while its shards hold other samples, too; make the sampler with sharded=False."
         )
     if sampler.size not in (len(index), index.capacity):
         raise ValueError(

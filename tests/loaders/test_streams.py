@@ -227,12 +227,9 @@ def test_any_iterable_dataset(workers):
     loader = DataLoader(stage.wrap(Numbers(20)), batch_size=3, num_workers=workers)
     for epoch, length in enumerate([20, 7]):
         sampler.set_epoch(epoch)
-        passed = {int(row): int(value) for batch in loader for row, value in zip(*_columns(batch), strict=True)}
+        pairs = [torch.stack([batch["sample_id"], batch["value"]], dim=1) for batch in loader]
+        passed = dict(torch.cat(pairs).tolist())
         assert passed == {row: 10 * row for row in range(length)}
-
-
-def _columns(batch):
-    return batch["sample_id"], batch["value"]
 
 
 def test_a_list_is_for_one_worker(monkeypatch):
@@ -268,10 +265,15 @@ def test_samples_that_do_not_fit(samples, error, message):
             stage.batch({name: [value] for name, value in samples[0].items()})
 
 
+class Shares(Everything):
+    plans_shares = True
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda index: keep(index, Everything(2)), TypeError, r"keep\(KeyIndex, Everything\): it takes a sampler and"),
+        (lambda index: keep(Shares(2, sharded=True), index), ValueError, r"keep\(Shares\(sharded=True\), KeyIndex\)"),
         (lambda index: keep(Everything(3), index), ValueError, r"size 3 must be.*len\(index\), 2,.*capacity, 5"),
         (
             lambda index: keep(Returns(2, Plan(np.zeros(65_536, int))), index),
