@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import webdataset as wds
 from bits_support import tiny_llama
 from language_support import byte_tokenizer, write_language_model
 from negatives_support import WORDS, texts, tokenize
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from samplewise.plugins.multi_bit import MultiBitLinear
 from samplewise.recipes.responses import pad_left
@@ -36,8 +37,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_the_eleven_examples():
-    assert len(BLOCKS) == 11
+def test_there_are_the_fourteen_examples():
+    assert len(BLOCKS) == 14
 
 
 def test_plain_loop_and_lightning(names):
@@ -118,7 +119,32 @@ def test_the_models_own_tokens(names):
     assert labels.shape[1] > 20  # a request is in some rows
 
 
+def test_everywhere_people_train(names):
+    from transformers import AutoModelForCausalLM
+
+    names |= {"language_model": AutoModelForCausalLM.from_pretrained(write_language_model(Path("model")))}
+    pairs = [Pair(f"{n}", "abcdefgh"[: 2 + n % 6]) for n in range(40)]
+    names |= {"data": TokenizedPairs(pairs, byte_tokenizer(None), 64), "pad": pad_left}
+    exec(BLOCKS[10], names)
+    assert names["trainer"].state.global_step == 15
+    assert names["sampler"].ledger.seen.all()
+    names["DataLoader"] = DataLoader
+    exec(BLOCKS[11], names)
+    assert names["sampler"].epoch == 2
+    assert names["sampler"].ledger.seen.all()
+    names["shards"] = [f"{shard}.tar" for shard in range(4)]
+    for shard in range(4):
+        with wds.TarWriter(f"{shard}.tar") as writer:
+            for row in range(shard, 200, 4):
+                x, y = names["train_set"][row]
+                writer.write({"__key__": f"row-{row}", "x.npy": x.numpy(), "y.cls": int(y)})
+    exec(BLOCKS[12], names)
+    assert names["sampler"].epoch == 2
+    assert names["sampler"].ledger.seen.all()
+    assert int(names["sampler"].ledger.column("count").sum()) < 3 * 200
+
+
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_method.py").write_text(BLOCKS[10])  # a module: the contract pickles the sampler
+    (tmp_path / "my_method.py").write_text(BLOCKS[13])  # a module: the contract pickles the sampler
     monkeypatch.syspath_prepend(tmp_path)
     assert len(importlib.import_module("my_method").HardestHalf(10)) == 5
