@@ -160,7 +160,8 @@ class SamplingCallback(Callback):
         loader = combined_loader(trainer).flattened[index]
         if is_stream(loader):
             self._batch_size = None
-            self.sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # there is no sampler to set
+            fit: Any = trainer.fit_loop
+            self.sampler.set_epoch(fit.epoch_progress.current.processed)  # Lightning finds no sampler to tell
             return
         batches = _refresh_lengths(trainer, index, self.sampler)
         self._batch_size = batch_size_of(loader)

@@ -101,7 +101,7 @@ class ReshardingWatch:
             return
         for loader in _prepared_loaders():
             dealt = type(loader).__name__ == "DataLoaderDispatcher"
-            batches = getattr(loader, "batch_sampler", None)
+            batches: Any = getattr(loader, "batch_sampler", None)
             if getattr(batches, "num_processes", 1) > 1:
                 dealt, batches = True, batches.batch_sampler
             if dealt and getattr(batches, "sampler", None) is sampler:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("cuda_ext", "loaders", "plugins", "callbacks", "recipes")  # from the lowest to the highest
 CORE_NEEDS = {"torch", "numpy", "typing_extensions", "samplewise"}
 SOURCES = sorted(path for part in PARTS for path in (ROOT / part).glob("**/*.py"))
-ALL = SOURCES + sorted(path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).glob("**/*.py"))
+OTHERS = ("tests", "benchmarks", "examples")
+ALL = SOURCES + sorted(path for folder in OTHERS for path in (ROOT / folder).glob("**/*.py"))
 
 
 def name_of(path):
