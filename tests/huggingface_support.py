@@ -14,9 +14,10 @@ import transformers
 from bits_support import tiny_llama, token_ids
 
 from samplewise.callbacks.huggingface import attach
+from samplewise.loaders import Plan
 from samplewise.loaders.key_index import KeyIndex
 from samplewise.loaders.streams import keep
-from support import Everything, HardHalf
+from support import Everything, HardHalf, Returns
 
 ROWS, BATCH = 22, 2
 
@@ -144,8 +145,18 @@ def rank_runs(rank: int, world: int, folder: Path, resumes: tuple[tuple[int, int
             "exact": (sampler.ledger.column("loss_last").numpy()[seen] == losses_told()[seen]).all(),
             "seen": seen.tolist(),
         }
+    results["weighted"] = [weighted_loss(rank, folder, weight) for weight in (None, 2.0)]
     results["stream"] = stream_run(rank, world, Path(folder) / "stream")
     return results
+
+
+def weighted_loss(rank: int, folder: Path, weight: float | None) -> list[float]:
+    """The logged losses of a language model's two steps, each sample with this weight; its ranks' tokens differ."""
+    weights = None if weight is None else np.full(ROWS, weight, np.float32)
+    settings = {"max_steps": 2, "learning_rate": 0.0, "ddp_backend": "gloo"}
+    trainer, _ = prepare(Path(folder) / "weighted", Returns(ROWS, Plan(range(ROWS), weights)), **settings)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def stream_run(rank: int, world: int, folder: Path) -> dict[str, Any]:

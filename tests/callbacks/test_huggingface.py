@@ -191,6 +191,14 @@ def test_a_trainer_that_records_nothing_is_told(tmp_path):
     assert (sampler.step, sampler.consumed) == (0, ROWS)
 
 
+def test_training_again_within_an_epoch_begins_it_anew(tmp_path):
+    trainer, noted = prepare(tmp_path, Everything(ROWS), max_steps=2)
+    trainer.train()
+    with pytest.warns(UserWarning, match="attach: training begins anew"):
+        trainer.train()
+    assert noted.ids[:4] == noted.ids[4:]
+
+
 def test_training_again_begins_anew(tmp_path):
     sampler = Everything(ROWS)
     trainer, noted = prepare(tmp_path, sampler, num_train_epochs=2)

@@ -173,6 +173,7 @@ def test_losses_of_samples_and_their_weights(tmp_path, name):
             assert found == pytest.approx([a * b for a, b in zip(own_steps, factors, strict=True)], rel=1e-4)
         else:
             assert found == own_steps
+        assert vars(model).get("_loss_function") is (focal if name == "focal" else None)
         again, _ = alone(trainer, data)
         assert again.tolist() == losses.tolist()  # the model and its loss function are as they were
 
@@ -244,6 +245,24 @@ class Penalised(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         return loss + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+class Compares(transformers.Trainer):
+    """Asks the model something else before."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"].flip(0))
+        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+
+def test_the_outputs_that_are_trained_on(tmp_path):
+    found = []
+    for kind in (transformers.Trainer, Compares):
+        trainer, noted = prepare(tmp_path, Everything(22), kind=kind, num_train_epochs=1)
+        trainer.train()
+        found.append(noted.losses)
+    assert found[0] == found[1]
 
 
 class NoModel(transformers.Trainer):

@@ -74,6 +74,13 @@ def test_from_two_ranks_to_one_with_the_same_samples_a_step(runs, folder, step, 
     assert (sampler.epoch, sampler.consumed) == (2, ROWS)
 
 
+def test_weights_where_tokens_are_counted_over_all_ranks(runs):
+    """``average_tokens_across_devices``, which is on."""
+    for rank in runs:
+        plain, twice = rank["weighted"]
+        assert twice == pytest.approx([2 * loss for loss in plain], rel=1e-5)
+
+
 def test_a_stream_is_not_dealt_out_twice(runs):
     runs = [rank["stream"] for rank in runs]
     for rank, run in enumerate(runs):
