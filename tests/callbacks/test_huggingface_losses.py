@@ -248,12 +248,16 @@ class Penalised(transformers.Trainer):
 
 
 class Compares(transformers.Trainer):
-    """Asks the model something else before."""
+    """Asks the model something else before and after."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        others = inputs["input_ids"].flip(0)
         with torch.no_grad():
-            model(input_ids=inputs["input_ids"].flip(0))
-        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            model(input_ids=others)
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with torch.no_grad():
+            model(input_ids=others)
+        return loss
 
 
 def test_the_outputs_that_are_trained_on(tmp_path):

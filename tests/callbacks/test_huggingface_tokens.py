@@ -268,13 +268,17 @@ def test_beside_a_planned_sampler(tmp_path):
     attach(trainer, sampler)
     observe = sampler.observe
     sampler.observe = lambda ids, losses: (seen.append(ids.tolist()), observe(ids, losses))[1]
-    inputs = []
-    model.register_forward_pre_hook(lambda model, args, given: inputs.append(given["input_ids"]), with_kwargs=True)
+    trained = []
+
+    def forward(model, args, given):
+        if model.training:
+            trained.append(given["input_ids"])
+
+    model.register_forward_pre_hook(forward, with_kwargs=True)
     trainer.train()
     assert [row["version"] for row in refresh.history] == [1, 2]
-    trained = [batch for batch in inputs if len(batch) == BATCH][-BATCHES:]
     own = [pad_left([DATA[row] for row in ids])["input_ids"] for ids in seen[-BATCHES:]]
-    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(trained, own, strict=True))
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(trained[-BATCHES:], own, strict=True))
     for begin in (0, BATCHES):
         assert sorted(sum(seen[begin : begin + BATCHES], [])) == list(range(SIZE))  # noqa: RUF017
     assert sampler.ledger.seen.all()
