@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from samplewise.cuda_ext.checks import optional_import
 from samplewise.loaders import PlannedSampler
 from samplewise.loaders.guard import DueWatch
+from samplewise.loaders.shares import load_saved_state, saved_state
 
 
 def attach_accelerator(accelerator: Any, loader: Any) -> PlannedSampler:
@@ -53,6 +54,11 @@ def attach_accelerator(accelerator: Any, loader: Any) -> PlannedSampler:
             "batches that the sampler passes over itself after a resume; set it to False."
         )
     sampler = _sampler_of(loader)
+    if sampler.sharded:
+        raise ValueError(
+            f"attach(accelerator, loader): {type(sampler).__name__}(sharded=True) plans each rank's share by itself, "
+            f"but accelerate deals out what all ranks plan together; leave sharded out."
+        )
     if sampler.sharding == "loader":
         raise RuntimeError("attach(accelerator, loader): it is attached already; call attach once.")
     sampler.sharding = "loader"
@@ -108,8 +114,7 @@ class _Saved:
         self._sampler = sampler
 
     def state_dict(self) -> dict[str, Any]:
-        self._sampler.sync()
-        return self._sampler.state_dict()
+        return saved_state(self._sampler)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sampler.load_state_dict(state)
+        load_saved_state(self._sampler, state)

@@ -14,6 +14,7 @@ from typing_extensions import override
 from samplewise.callbacks.guards import batch_size_of, check_validation, combined_loader, is_stream, planned_loader
 from samplewise.loaders import PlannedSampler, ids_of
 from samplewise.loaders.guard import BATCHES
+from samplewise.loaders.shares import load_saved_state, saved_state
 
 VERSION = 1
 
@@ -109,17 +110,16 @@ class SamplingCallback(Callback):
             raise ValueError(
                 f"SamplingCallback state: version {state_dict.get('version')} was saved, this release reads {VERSION}."
             )
-        self.sampler.load_state_dict(state_dict["sampler"])
+        load_saved_state(self.sampler, state_dict["sampler"])
         self._figures, self._kept, self._ended = state_dict["figures"], state_dict["kept"], state_dict["ended"]
         self._restored = True
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Equal on all ranks. Collective, like Lightning's saving itself."""
-        self.sampler.sync()
+        """What all ranks need; complete on the first one. Collective, like Lightning's saving itself."""
         return {
             "version": VERSION,
-            "sampler": self.sampler.state_dict(),
+            "sampler": saved_state(self.sampler),
             "figures": dict(self._figures),
             "kept": list(self._kept),
             "ended": self._ended,

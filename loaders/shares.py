@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from samplewise.cuda_ext import Ledger
+from samplewise.cuda_ext import Ledger, ranks
 from samplewise.cuda_ext.sharded import ShardedLedger, gather_wanted, reshard
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.epoch_plan import EpochPlan
@@ -18,6 +18,9 @@ from samplewise.loaders.order import Order, Segment, write_weights
 from samplewise.loaders.plan import Plan
 from samplewise.loaders.seeding import derive, generator
 from samplewise.loaders.state import VERSION
+
+if TYPE_CHECKING:
+    from samplewise.loaders.sampler import PlannedSampler
 
 IntArray = NDArray[np.int64]
 Weights = NDArray[np.float32]
@@ -216,6 +219,33 @@ def reshard_samplers(states: Sequence[dict[str, Any]], world: int) -> list[dict[
     changed = {"sharded": True, "cursor": over, "total": 0, "world": world, "ranks": world, "segments": [nothing]}
     ledgers = reshard([state["ledger"] for state in states], world)
     return [{**states[0], **changed, "ledger": ledger} for ledger in ledgers]
+
+
+def saved_state(sampler: PlannedSampler) -> dict[str, Any]:
+    """What a checkpoint that one rank writes must hold, so that all ranks can resume from it. Collective.
+
+    Of a sharded sampler the first rank gets all ranks' states, and with them the whole ledger; the others their own.
+    """
+    sampler.sync()
+    state = sampler.state_dict()
+    if sampler.ledger.shard[1] == 1:
+        return state
+    return {"shards": ranks.gather_objects(state)}
+
+
+def load_saved_state(sampler: PlannedSampler, state: dict[str, Any]) -> None:
+    """Load what :func:`saved_state` gave the first rank.
+
+    A sharded sampler goes on with another number of ranks if an epoch was over, see :func:`reshard_samplers`.
+
+    Raises:
+        ValueError: as :meth:`PlannedSampler.load_state_dict`, or as :func:`reshard_samplers`.
+    """
+    if "shards" in state or sampler.sharded:
+        rank, world = sampler.ledger.shard
+        states = state.get("shards", [state])
+        state = (states if len(states) == world else reshard_samplers(states, world))[rank]
+    sampler.load_state_dict(state)
 
 
 def make_ledger(owner: str, size: int, sharded: bool, plans_shares: bool, arranged: bool, **options: Any) -> Ledger:
