@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from samplewise.loaders import SAMPLE_ID, PlannedSampler, collate_with_ids, with_ids
-from samplewise.loaders.ids import _WithIds
+from samplewise.loaders.ids import has_ids
 
 TOKENS = "input_ids"
 LENGTHS = "sample_lengths"
@@ -146,7 +146,7 @@ def planned_loader(trainer: Any, sampler: PlannedSampler, build: Callable[[], An
         )
     batches = _batches_of(loader, sampler)
     check_size(sampler, dataset)
-    if isinstance(dataset, _WithIds):
+    if has_ids(dataset):
         with_own: Any = KeepIds(collate)
     else:
         dataset, with_own = with_ids(dataset), collate_with_ids(collate)

@@ -80,9 +80,14 @@ def with_ids(dataset: Any) -> _WithIds:
             f"with_ids({type(dataset).__name__}): a map-style data set is needed, with __getitem__ and __len__; the "
             f"samples of a stream have no rows."
         )
-    if isinstance(dataset, _WithIds):
+    if has_ids(dataset):
         raise TypeError("with_ids(with_ids(...)): the data set carries its ids already; wrap it once.")
     return _WithIdsBatched(dataset) if hasattr(dataset, "__getitems__") else _WithIds(dataset)
+
+
+def has_ids(dataset: Any) -> bool:
+    """Whether a data set went through :func:`with_ids`."""
+    return isinstance(dataset, _WithIds)
 
 
 class collate_with_ids:  # used like a function; a class, so that it can be pickled for spawned workers
