@@ -13,6 +13,8 @@ from torch import Tensor
 from samplewise.cuda_ext import ops, ranks
 from samplewise.cuda_ext.histogram import Histogram
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class Totals:
     """Figures of values that are all here: one shard.
@@ -45,7 +47,10 @@ class Totals:
         Raises:
             ValueError: there is none.
         """
-        return self.histogram(values).mean
+        counted = self.histogram(values, low=-_LARGEST, high=_LARGEST)  # to look for the ends would take longer
+        if counted.count == 0:
+            raise ValueError("mean(values=...): there is no finite value.")
+        return counted.mean
 
     def order_statistics(self, values: Tensor, ranks: Sequence[int]) -> NDArray[np.float32]:
         """The values of the given ranks among all, see :func:`samplewise.cuda_ext.ops.order_statistics`."""

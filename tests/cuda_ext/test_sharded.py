@@ -11,7 +11,7 @@ from ranks_support import Threads
 from samplewise.cuda_ext import Ledger, ops, sharded
 from samplewise.cuda_ext.reference import WEIGHT
 from samplewise.cuda_ext.sharded import ShardedLedger, reshard
-from samplewise.cuda_ext.totals import TotalsOverRanks
+from samplewise.cuda_ext.totals import Totals, TotalsOverRanks
 from support import run_ranks
 
 NAN, INF = float("nan"), float("inf")
@@ -196,7 +196,7 @@ def test_totals_over_ranks_are_those_of_all_values(name, threads):
         assert (counted.low, counted.shift) == (expected.low, expected.shift)
         np.testing.assert_array_equal(counted.counts, expected.counts)
         np.testing.assert_array_equal(counted.offsets, expected.offsets)
-        assert totals.mean(own) == expected.mean
+        assert totals.mean(own) == Totals().mean(values) == pytest.approx(finite.double().mean().item(), rel=1e-12)
         np.testing.assert_array_equal(totals.order_statistics(own, ranks), ops.order_statistics(values, ranks))
         assert totals.total(len(own)) == len(values)
         assert totals.each(rank) == [0, 1, 2]
@@ -206,7 +206,18 @@ def test_totals_over_ranks_are_those_of_all_values(name, threads):
 
 def test_no_finite_value_on_any_rank(threads):
     with pytest.raises(ValueError, match="no finite value on any rank"):
+        threads.run(2, lambda rank: TotalsOverRanks().histogram(torch.tensor([NAN])))
+    with pytest.raises(ValueError, match=r"mean\(values=...\): there is no finite value"):
         threads.run(2, lambda rank: TotalsOverRanks().mean(torch.tensor([NAN])))
+
+
+def test_a_mean_takes_one_pass(monkeypatch):
+    """Looking for the ends of values of which some are NaN takes longer than the sum."""
+    monkeypatch.setattr(ops, "finite_range", None)
+    assert Totals().mean(torch.tensor([NAN, 1.0, 3.0, -INF, -1.0])) == 1
+    largest = torch.finfo(torch.float32).max
+    assert Totals().mean(torch.tensor([largest])) == largest
+    assert Totals().mean(torch.tensor([-largest, NAN])) == -largest
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
