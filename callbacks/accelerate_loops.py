@@ -59,8 +59,11 @@ def attach_accelerator(accelerator: Any, loader: Any) -> PlannedSampler:
             f"attach(accelerator, loader): {type(sampler).__name__}(sharded=True) plans each rank's share by itself, "
             f"but accelerate deals out what all ranks plan together; leave sharded out."
         )
-    if sampler.sharding == "loader":
-        raise RuntimeError("attach(accelerator, loader): it is attached already; call attach once.")
+    if any("set_epoch" in vars(other) and _sampler_of(other) is sampler for other in accelerator._dataloaders):
+        raise RuntimeError(
+            "attach(accelerator, loader): it is attached already, or another loader with the same sampler; call attach "
+            "once, and accelerator.free_memory() before the sampler is given to a new loader."
+        )
     sampler.sharding = "loader"
     split = loader.split_batches if hasattr(loader, "split_batches") else accelerator.split_batches
     size = loader.batch_sampler.batch_size if split else loader.batch_sampler.batch_size * accelerator.num_processes
@@ -69,8 +72,10 @@ def attach_accelerator(accelerator: Any, loader: Any) -> PlannedSampler:
         "Give the sampler to the DataLoader that is prepared, leave out accelerator.skip_first_batches (a sampler that "
         "was restored begins at the right batch itself), and observe every batch of it.",
     )
+    sampler.watch.done = not getattr(loader, "in_order", True)  # its workers' batches come as they are done
     _follow(loader, sampler)
-    accelerator.register_for_checkpointing(_Saved(sampler))
+    if not any(isinstance(saved, _Saved) and saved.sampler is sampler for saved in accelerator._custom_objects):
+        accelerator.register_for_checkpointing(_Saved(sampler))
     return sampler
 
 
@@ -111,10 +116,10 @@ class _Saved:
     """The sampler in ``accelerator.save_state``, which all ranks call."""
 
     def __init__(self, sampler: PlannedSampler):
-        self._sampler = sampler
+        self.sampler = sampler
 
     def state_dict(self) -> dict[str, Any]:
-        return saved_state(self._sampler)
+        return saved_state(self.sampler)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_saved_state(self._sampler, state)
+        load_saved_state(self.sampler, state)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections import Counter
 
 import pytest
@@ -260,3 +261,39 @@ def test_batches_that_are_skipped_twice(tmp_path):
     skipping = accelerator.skip_first_batches(loader, 5)
     with pytest.raises(RuntimeError, match=r"leave out accelerator\.skip_first_batches"):
         train((accelerator, model, optimizer, skipping, sampler), move=None)
+
+
+class SlowFirst(Rows):
+    """The first of two workers is slow, so that the batches of the second one overtake its own."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info().id == 0:
+            time.sleep(0.05)
+        return super().__getitem__(index)
+
+
+def test_batches_that_overtake_each_other():
+    accelerator, sampler = Accelerator(cpu=True), Everything(SIZE)
+    data = with_ids(SlowFirst())
+    loader = accelerator.prepare(DataLoader(data, BATCH, sampler=sampler, num_workers=2, in_order=False))
+    attach(accelerator, loader)
+    seen = []
+    for batch in loader:
+        sampler.observe(batch["sample_id"], loss_of(batch["sample_id"]))
+        seen += batch["sample_id"].tolist()
+    assert seen != sampler.order().ids(0, SIZE).tolist()
+    assert sorted(seen) == list(range(SIZE))
+
+
+def test_a_new_loader_with_the_same_sampler(tmp_path):
+    """As accelerate.utils.find_executable_batch_size makes one, where the memory did not suffice."""
+    sampler, accelerator = HardHalf(SIZE), Accelerator(cpu=True)
+    train(prepared(sampler, accelerator=accelerator), stop=2)
+    with pytest.raises(RuntimeError, match=r"another loader with the same sampler; .*accelerator\.free_memory\(\)"):
+        prepared(sampler, accelerator=accelerator)
+    accelerator.free_memory()
+    parts = prepared(sampler, accelerator=accelerator)
+    with pytest.warns(UserWarning, match="left early and begins again"):
+        seen, plans = train(parts, move=None, epochs=1)
+    assert sorted(flat(seen[0])) == sorted(plans[0])
+    assert len(accelerator._custom_objects) == 1
