@@ -86,6 +86,7 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.given: Any = None
         self._batches: PassedBatches | None = None  # None for streams
         self._length = 0  # of the loader, in batches
+        self._in_order = True  # whether its batches come in the sampler's order
         self._epoch = 0  # the one in progress, or that begins next
         self._seen = 0  # batches of this epoch, in this process
         self._step_before = 0  # batches observed before this epoch
@@ -116,7 +117,7 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
         if self._batches is None:
             self._begin_stream(args, state)
             return
-        self._length = len(loader)
+        self._length, self._in_order = len(loader), getattr(loader, "in_order", True)
         updates = max(1, -(-self._length // args.gradient_accumulation_steps))
         self._epoch, steps = divmod(state.global_step, updates)  # as the Trainer itself counts
         self._warn_of_epochs(state)
@@ -252,7 +253,7 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
             )
         ids: Tensor = inputs.pop(SAMPLE_ID)
         self._lengths = inputs.pop(LENGTHS, None)
-        if self._batches is not None and self._seen < BATCHES and self.trainer.args.dataloader_in_order:
+        if self._batches is not None and self._seen < BATCHES and self._in_order:
             self.sampler.check_due(
                 ids,
                 "attach",

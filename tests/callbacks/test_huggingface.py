@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import types
 
 import datasets
@@ -250,6 +251,29 @@ def test_an_overridden_loader(tmp_path):
     trainer, noted = prepare(tmp_path, Everything(ROWS), kind=PassesOn, num_train_epochs=1)
     trainer.train()
     assert [len(batch) for batch in noted.ids] == [4] * 5 + [2]
+
+
+class SlowFirst(list):
+    """The first of two workers is slow, so that the batches of the second one overtake its own."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info().id == 0:
+            time.sleep(0.05)
+        return super().__getitem__(index)
+
+
+class Overtaking(transformers.Trainer):
+    def get_train_dataloader(self):
+        settings = {"num_workers": 2, "in_order": False, "collate_fn": self.data_collator}
+        return torch.utils.data.DataLoader(self.train_dataset, 2, sampler=self._get_train_sampler(), **settings)
+
+
+def test_batches_that_overtake_each_other(tmp_path):
+    sampler, rows = Everything(ROWS), [{name: row[name] for name in ("input_ids", "labels")} for row in items()]
+    trainer, noted = prepare(tmp_path, sampler, kind=Overtaking, data=SlowFirst(rows), num_train_epochs=1)
+    trainer.train()
+    assert joined(noted.ids) != sampler.order().ids(0, ROWS).tolist()
+    assert sorted(joined(noted.ids)) == list(range(ROWS))
 
 
 def test_a_loader_that_is_replaced_later(tmp_path):
