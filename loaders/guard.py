@@ -36,7 +36,7 @@ def check_due(owner: str, ids: Tensor, order: Order, position: int, samples: int
     start, count = order.index_of(position), samples // order.num_replicas
     due = order.ids(start, min(start + count, order.length))
     if start + count > order.length:  # loaders fill the last batches up with the first ones that they have seen
-        due = np.concatenate([due, order.ids(0, min(start, order.length))])
+        due = np.concatenate([due, order.ids(order.index_of(0), min(start, order.length))])
     if not np.isin(got, due).all():
         raise RuntimeError(
             f"{owner}: the batch holds the samples {_some(got)}, but {_some(due)} are due, so the loader has another "

@@ -191,3 +191,19 @@ def test_a_batch_of_another_sampler_is_not_due(sharding):
     others = [(i * 37) % SIZE for i in range(BATCH)]
     with pytest.raises(RuntimeError, match=r"^SomeCallback: the batch holds the samples \[0, 37, 74\].*Set it\.$"):
         ranks[1].check_due(torch.tensor(others), "SomeCallback", "Set it.")
+
+
+def test_filling_up_with_what_other_ranks_began_the_epoch_with():
+    ranks = make(4)
+    for sampler in ranks:
+        sampler.sharding = "loader"
+    shares = list(zip(*dealt_by_accelerate(ranks), strict=True))
+    for batches in shares[:8]:
+        observe(ranks, batches)
+    sampler = resumed(ranks[0].state_dict(), 2)[1]
+    sampler.sharding = "loader"
+    sampler.advance_to(SIZE - 1)
+    sampler.check_due(torch.tensor(shares[0][0]), "test", "")
+    sampler.advance_to(8 * 4 * BATCH)
+    with pytest.raises(RuntimeError, match="are due"):
+        sampler.check_due(torch.tensor(shares[0][0]), "test", "")
