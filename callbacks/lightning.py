@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +15,7 @@ from typing_extensions import override
 from samplewise.callbacks.guards import batch_size_of, check_validation, combined_loader, is_stream, planned_loader
 from samplewise.loaders import PlannedSampler, ids_of
 from samplewise.loaders.guard import BATCHES
+from samplewise.loaders.ids import _WithIds
 from samplewise.loaders.shares import load_saved_state, saved_state
 
 VERSION = 1
@@ -81,6 +83,7 @@ class SamplingCallback(Callback):
         self._recording = sampler.recording
         self._refuse_state = self._restored = self._stale = False
         self._unchecked = BATCHES
+        self._wrapped = False  # whether a pair's first tensor is the ids, and not labels, say
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,13 +170,16 @@ class SamplingCallback(Callback):
         self._batch_size = batch_size_of(loader)
         if self._batch_size is not None:
             self.sampler.epoch_samples = _consumed_after(batches, self._batch_size, self.sampler)
+        self._wrapped = isinstance(getattr(loader, "dataset", None), _WithIds)
         if not getattr(loader, "in_order", True) or combined_loader(trainer).iterables is not loader:
             self._unchecked = 0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._before = self.sampler.consumed
-        if self._unchecked and self._batch_size is not None and (ids := ids_of(batch)) is not None:
+        if not (self._unchecked and self._batch_size is not None and (self._wrapped or isinstance(batch, Mapping))):
+            return
+        if (ids := ids_of(batch)) is not None:
             self._unchecked -= 1
             self.sampler.check_due(
                 ids, "SamplingCallback", "Let nothing stand between DataLoader(..., sampler=sampler) and the Trainer."

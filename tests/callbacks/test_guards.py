@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_support import BATCH, QUIET, Model, Rows, fit, loader, trainer, validation
 from torch.utils.data import (
     BatchSampler,
@@ -61,6 +61,35 @@ def test_other_samples_than_those_that_are_due():
     with pytest.raises(RuntimeError, match=r"SamplingCallback: the batch holds .* are due.*Let nothing stand between"):
         trainer(sampler, max_epochs=1).fit(model, swapped_ids(sampler))
     assert not model.batches
+
+
+class Labelled(Rows):
+    """Pairs that begin with an integer label."""
+
+    def __getitem__(self, index):
+        return index * 5 % 7, super().__getitem__(index)
+
+
+class Labels(LightningModule):
+    """Trains without ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.labels = torch.nn.Linear(1, 7), []
+
+    def training_step(self, batch, batch_idx):
+        self.labels += batch[0].tolist()
+        return torch.nn.functional.cross_entropy(self.net(batch[0][:, None].float()), batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_labels_are_not_taken_for_ids():
+    sampler, model = Everything(SIZE), Labels()
+    sampler.uses_losses = False
+    trainer(sampler, max_epochs=1).fit(model, DataLoader(Labelled(SIZE), batch_size=BATCH, sampler=sampler))
+    assert sorted(model.labels) == sorted(index * 5 % 7 for index in range(SIZE))
 
 
 def test_a_stream_without_a_stage():
