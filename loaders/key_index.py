@@ -23,7 +23,7 @@ from samplewise.loaders.keys import PIECE, IntArray, Key, digest_pieces, expande
 
 VERSION = 1
 MOST_KEYS = (1 << 31) - 1
-_COUNT, _RETIRED = range(2)
+_COUNT, _RETIRED, _CLEARED = range(3)
 _WORDS = Struct("<qq")
 _LOCK_SECONDS = 120.0
 
@@ -62,7 +62,7 @@ class KeyIndex:
 
     def __init__(self, capacity: int = 1_000_000):
         self._lock: Any = get_context("spawn").Lock()  # a lock of the fork context cannot go to a spawned worker
-        self._control = shared_zeros((2,), torch.int64)
+        self._control = shared_zeros((3,), torch.int64)
         self._allocate(integer("KeyIndex", "capacity", capacity, 1, MOST_KEYS, what="the number of keys"))
 
     def _allocate(self, capacity: int) -> None:
@@ -149,8 +149,9 @@ class KeyIndex:
     def _resize(self, capacity: int) -> None:
         with self._locked():
             old, digests = self._counts, self._digest_rows[: len(self)]
-            self._control = shared_zeros((2,), torch.int64)
+            self._control = shared_zeros((3,), torch.int64)
             self._allocate(capacity)
+            self._counts[_CLEARED] = old[_CLEARED]
             for start in range(0, len(digests), PIECE):
                 self._append(digests[start : start + PIECE])
             old[_RETIRED] = 1
@@ -177,6 +178,11 @@ class KeyIndex:
 
     def __len__(self) -> int:
         return int(self._counts[_COUNT])
+
+    @property
+    def cleared(self) -> int:
+        """How many times other rows took the place of those that were here (a state was loaded)."""
+        return int(self._counts[_CLEARED])
 
     def __contains__(self, key: Key) -> bool:
         return self.row(key) >= 0
@@ -322,6 +328,7 @@ class KeyIndex:
 
     def _clear(self) -> None:
         self._counts[_COUNT] = 0
+        self._counts[_CLEARED] += 1
         self._slots.zero_()
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -56,10 +56,14 @@ def digest_pieces(owner: str, keys: Iterable[Key]) -> Iterator[tuple[list[Key], 
     """At most ``PIECE`` keys at a time, and their digests, int64 (n, 2).
 
     Raises:
-        TypeError: the keys are one str or bytes, or one of them is no key.
+        TypeError: the keys are one str or bytes, or a set, or one of them is no key.
     """
     if isinstance(keys, str | bytes):
         raise TypeError(f"{owner}({keys!r}): this is one key, but an iterable of keys is needed; give [{keys!r}].")
+    if isinstance(keys, set | frozenset):
+        raise TypeError(
+            f"{owner}: a set's order is another one in each process; give the keys in one that stays, sorted(keys)."
+        )
     if isinstance(keys, np.ndarray | Tensor):
         keys = keys.tolist()
     iterator = iter(keys)

@@ -16,12 +16,13 @@ class Tally:
     Attributes:
         passed: how many samples the stage has passed on, those that are left out included.
         skip: how many of them are left out at the start.
+        begun: how many times the stage began, more than once where the pipeline repeats.
     """
 
-    __slots__ = ("passed", "skip")
+    __slots__ = ("begun", "passed", "skip")
 
     def __init__(self) -> None:
-        self.passed = self.skip = 0
+        self.passed = self.skip = self.begun = 0
 
 
 class Stage(Protocol):
@@ -39,12 +40,14 @@ class Resumable(IterableDataset[Any]):
 
     A worker's state is its epoch and how many samples it has handed out. On resume it goes through the pass anew and
     leaves those out: before they are decoded, if until then each sample that the stage passed on came out of the
-    pipeline before the next one was asked for; otherwise, with a shuffle buffer for example, behind the pipeline.
+    pipeline before the next one was asked for; otherwise, with a shuffle buffer, with ``.with_epoch(n)`` or once the
+    pipeline repeats, behind the pipeline. Another limit behind the stage, ``.slice(n)``, would count from there on.
 
     This is exact if the pass is the same again: the same shards in the same order, the same number of workers, and
     shuffling that depends on nothing but a seed and the stage's ``epoch`` (webdataset's own counts the passes of a
     process, or has no seed). Random augmentation is not part of the state. The sampler's state, and that of an index
-    that grows, belong to the same checkpoint; load them before the loader is iterated.
+    that grows, belong to the same checkpoint; load them before the loader is iterated. For the sampler an epoch is over
+    when as many samples were trained on as its plan has: of a pipeline that repeats only the first repetition resumes.
 
     Args:
         pipeline: an iterable that contains the stage: ``wds.WebDataset(...).compose(stage).decode(...)``.
@@ -73,7 +76,8 @@ class _Pass(Iterator[Any]):
         self._epoch = stage.epoch
         self._tally = Tally()
         self._yielded = 0
-        self._in_step = True  # whether each sample came out before the stage was asked for the next one
+        # Whether each sample came out before the stage was asked for the next one; a limit counts what comes out.
+        self._in_step = getattr(pipeline, "nsamples", -1) <= 0
         self._ended = False
 
     def __next__(self) -> Any:
@@ -87,7 +91,8 @@ class _Pass(Iterator[Any]):
             self._ended = True
             raise
         self._yielded += 1
-        self._in_step &= self._tally.passed == self._yielded
+        # A repetition of which everything is left out would be the last one of webdataset's .repeat().
+        self._in_step &= self._tally.passed == self._yielded and self._tally.begun == 1
         return sample
 
     def _pass_over(self) -> None:

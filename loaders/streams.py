@@ -35,8 +35,10 @@ shuffle buffer they are exact).
 What a stream cannot give. A plan's order is not the stream's: shuffle behind the stage, and the more so where a plan
 repeats samples, whose copies come one after another. The number of batches of an epoch is not known beforehand, workers
 end with batches of their own that are not full, and ranks get unequal numbers of them; where all ranks need the same
-number (DDP), limit it, or let the pipeline go on with ``.repeat()`` and ``.with_epoch(n)``. With several ranks the
-pipeline must divide the shards among them (``nodesplitter``, ``split_dataset_by_node``).
+number (DDP), limit it, or let the pipeline go on with ``.repeat()`` and ``.with_epoch(n)``, which a worker cannot of
+whose shards the plan has nothing. With several ranks the pipeline must divide the shards among them (``nodesplitter``,
+``split_dataset_by_node``). A loader does not tell the sampler that an epoch begins: without ``set_epoch`` it stays at
+its first plan.
 """
 
 from __future__ import annotations
@@ -165,6 +167,7 @@ class Keep:
         self.key = key
         self._counts = counts
         self._origins = shared_zeros((len(counts),), torch.uint16)  # of a row: 0, or a hash of its shard
+        self._origins_of = shared_zeros((1,), torch.int64)  # index.cleared when they were begun
         self._epoch = epoch
         self._one_ledger = one_ledger  # for all ranks
         self._world = 1
@@ -212,6 +215,10 @@ class Keep:
             RuntimeError: there is no room for a new key.
         """
         tally = self.tally or Tally()
+        tally.begun += 1
+        if self._origins_of.item() != self.index.cleared:  # the rows are other samples' now
+            self._origins.zero_()
+            self._origins_of.fill_(self.index.cleared)
         times, origins = self._times_view, self._origins_view
         url, origin = None, 0
         for sample in samples:

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from ranks_support import Threads
 from streams_support import keys_of, write_shards, write_tar
 
+from samplewise.cuda_ext import ranks
+from samplewise.loaders import key_index
 from samplewise.loaders.key_index import KeyIndex, _attached
 from samplewise.loaders.keys import PIECE, key_digest, shard_keys
-from support import run_ranks
+from samplewise.loaders.streams import keep
+from support import Everything
 
 
 @pytest.mark.parametrize(
@@ -106,9 +110,9 @@ def add_all(index, seed, keys, rows):
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_add_to_one_index(method):
-    context = multiprocessing.get_context(method)
+def test_processes_add_to_one_index():
+    """Spawned ones do in ``test_workers_see_each_epochs_plan_and_share_new_keys``."""
+    context = multiprocessing.get_context("fork")
     index, rows, keys = KeyIndex(capacity=2000), context.Queue(), [f"key {number}" for number in range(2000)]
     workers = [context.Process(target=add_all, args=(index, seed, keys, rows)) for seed in range(2)]
     for worker in workers:
@@ -167,6 +171,19 @@ def test_states_that_do_not_fit_change_nothing(change, error):
     assert index.rows(["a"]).tolist() == [0]
 
 
+def test_an_index_that_goes_back_gives_rows_to_other_shards():
+    """What a stage remembers of its rows' shards is not held against them."""
+    index = KeyIndex(capacity=5)
+    stage = keep(Everything(5), index)
+    list(stage([{"__key__": "a", "__url__": "x.tar"}]))
+    state = index.state_dict()
+    list(stage([{"__key__": "b", "__url__": "y.tar"}]))
+    index.load_state_dict(state)
+    assert [sample["sample_id"] for sample in stage([{"__key__": "c", "__url__": "z.tar"}])] == [1]
+    with pytest.raises(ValueError, match=r"the key 'c' in y.tar is also that of a sample in another shard"):
+        list(stage([{"__key__": "c", "__url__": "y.tar"}]))
+
+
 def test_fingerprint_tells_keys_and_their_order():
     prints = {KeyIndex.from_keys(keys).fingerprint for keys in (["a", "b"], ["b", "a"], ["a"], [1, 2], ["a", "b"])}
     assert len(prints) == 4
@@ -195,6 +212,7 @@ def test_room_for_more():
         (lambda: KeyIndex.from_keys(["a", "b", "c", "b"]), ValueError, "'b' stands twice"),
         (lambda: KeyIndex.from_keys([]), ValueError, "there is no key"),
         (lambda: KeyIndex.from_keys("abc"), TypeError, r"one key.*give \['abc'\]"),
+        (lambda: KeyIndex.from_keys({"a", "b"}), TypeError, r"from_keys: a set's order is another one in each process"),
         (lambda: KeyIndex().add([1.5]), TypeError, "str, bytes or int, not float"),
         (lambda: KeyIndex().rows([True]), TypeError, "str, bytes or int, not bool"),
         (lambda: KeyIndex().row(None), TypeError, "str, bytes or int, not NoneType"),
@@ -263,8 +281,10 @@ def merged(rank, keys):
     return index.rows(["a", "b", "c", "d"]).tolist(), len(index), index.capacity, index.fingerprint
 
 
-def test_ranks_that_merge_have_the_same_rows():
-    results = run_ranks(2, merged, [["c", "a"], ["b", "a", "d"]])
+def test_ranks_that_merge_have_the_same_rows(monkeypatch):
+    threads = Threads(monkeypatch)
+    monkeypatch.setattr(key_index, "gather_rows", ranks.gather_rows)
+    results = threads.run(2, merged, [["c", "a"], ["b", "a", "d"]])
     assert results[0] == results[1]
     assert results[0][:3] == ([1, 2, 0, 3], 4, 4)
 
