@@ -76,6 +76,24 @@ class SharePlan(EpochPlan):
         return ShareOrder(self.segments, self.total(world), self.shard[0], world, self.seed, self.shuffle)
 
 
+class EarlyPlan(EpochPlan):
+    """What an epoch serves while there is no process group: the one process that is here."""
+
+    def total(self, world: int) -> int:
+        """Samples of the epoch.
+
+        Raises:
+            RuntimeError: the process group came after the plan, which has no shares.
+        """
+        if ranks.world_size() > 1:
+            raise RuntimeError(
+                f"{self.owner}(sharded=True): epoch {self.number} was planned before the process group was made, so no "
+                f"rank has its share; ask for the plan or the length (also the loader's) only after "
+                f"torch.distributed.init_process_group()."
+            )
+        return super().total(world)
+
+
 def plan_generator(seed: int, number: int, ledger: Ledger) -> np.random.Generator:
     """The generator for plan ``number``: where each rank plans its share, each has one of its own."""
     rank, world = ledger.shard
@@ -88,7 +106,7 @@ def settled(ledger: Ledger, now: EpochPlan) -> EpochPlan:
     if world == 1:
         if now.weighted:
             write_weights(ledger, now.segments, now.seed, now.shuffle)
-        return now
+        return EarlyPlan(**vars(now)) if isinstance(ledger, ShardedLedger) and ledger.distributed else now
     seed = derive(now.seed, rank, "share order")  # with one key all ranks would go through their ids in step
     share = SharePlan(now.owner, now.segments, now.number, seed, now.shuffle, now.drop_last, None, shard=ledger.shard)
     if share.weighted:

@@ -12,7 +12,6 @@ from samplewise.cuda_ext import Ledger, ops, sharded
 from samplewise.cuda_ext.reference import WEIGHT
 from samplewise.cuda_ext.sharded import ShardedLedger, reshard
 from samplewise.cuda_ext.totals import Totals, TotalsOverRanks
-from support import run_ranks
 
 NAN, INF = float("nan"), float("inf")
 SIZE = 101
@@ -45,8 +44,7 @@ def bits(records):
     return records.view(torch.int32)[:, [column for column in range(8) if column != WEIGHT]]
 
 
-def histories(rank, world, chunk):
-    sharded._CHUNK = chunk
+def histories(rank, world):
     shard, whole = ShardedLedger(SIZE, ema=0.8), Ledger(SIZE, ema=0.8)
     observe(rank, world, shard, whole)
     assert shard.shard == (rank, world)
@@ -65,9 +63,8 @@ def histories(rank, world, chunk):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_shards_hold_what_the_whole_ledger_holds(world):
-    """In real processes."""
-    states = run_ranks(world, histories, world, 1 << 20)
+def test_the_shards_hold_what_the_whole_ledger_holds(world, threads):
+    states = threads.run(world, histories, world)
     whole = Ledger(SIZE + 10, ema=0.8)
     whole.load_state_dict(reshard([shard for shard, _ in states], 1)[0])
     assert torch.equal(bits(whole.records), bits(states[0][1]["records"]))
@@ -76,7 +73,7 @@ def test_the_shards_hold_what_the_whole_ledger_holds(world):
 @pytest.mark.parametrize("chunk", [1, 30])
 def test_any_size_of_the_rounds_gives_the_same(chunk, threads, monkeypatch):
     monkeypatch.setattr(sharded, "_CHUNK", chunk)
-    threads.run(3, histories, 3, chunk)
+    threads.run(3, histories, 3)
 
 
 def test_one_process_holds_a_whole_ledger():

@@ -1,5 +1,6 @@
 """A plan of which each rank makes its share: all ranks together serve what one plan over the whole ledger would."""
 
+import copy
 import io
 from collections import Counter
 from itertools import islice
@@ -115,9 +116,9 @@ def test_the_union_over_ranks_is_the_plan(name, common, threads, monkeypatch):
             for ids, applied, _ in parts:
                 assert applied == [weights[i] for i in ids]
                 assert common.get("shuffle", True) or name == "rs2 with_replacement" or ids == sorted(ids)
-        assert [[ids for ids, _, _ in rank] for rank in threads.run(world, epochs, METHODS[name], common)] == [
-            [ids for ids, _, _ in rank] for rank in ranks
-        ]
+    assert [[ids for ids, _, _ in rank] for rank in threads.run(3, epochs, METHODS[name], common)] == [
+        [ids for ids, _, _ in rank] for rank in ranks
+    ]
 
 
 @pytest.mark.parametrize("name", ["uniform", "infobatch", "seta revisit", "one rank plans nothing"])
@@ -201,9 +202,8 @@ def test_resume_is_exact_at_any_cursor_on_the_same_ranks(name, common, threads):
         assert torch.equal(sampler.ledger.records.view(torch.int32), resumed.ledger.records.view(torch.int32))
         assert list(sampler) == list(resumed)
 
-    for epoch in (0, 2):
-        for stop in (0, 1, 3, 100):
-            threads.run(3, run, epoch, stop)
+    for epoch, stop in ((0, 1), (2, 0), (2, 3), (2, 100)):
+        threads.run(3, run, epoch, stop)
 
 
 def real_ranks(rank):
@@ -241,6 +241,16 @@ def test_workers_do_not_change_the_order(threads):
         with threads.acting_as(rank, 2):
             loader = DataLoader(with_ids(range(SIZE)), batch_size=5, sampler=sampler, num_workers=2)
             assert torch.cat([ids for ids, _ in loader]).tolist() == list(sampler)
+
+
+@pytest.mark.parametrize("length", ["plan", 10])
+def test_a_plan_from_before_the_process_group_is_refused_when_it_is_served(length, threads):
+    early, alone = (Uniform(SIZE, sharded=True, epoch_length=length, num_replicas=world) for world in (None, 1))
+    assert len(early) == len(alone) == (SIZE if length == "plan" else length)
+
+    with pytest.raises(RuntimeError, match=r"Uniform\(sharded=True\): epoch 0 was planned before the process group"):
+        threads.run(2, lambda rank: list(copy.deepcopy(early)))
+    assert threads.run(2, lambda rank: len(list(copy.deepcopy(alone)))) == [len(alone)] * 2
 
 
 def test_with_one_process_nothing_changes():
