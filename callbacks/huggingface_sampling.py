@@ -147,7 +147,8 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
             raise RuntimeError(
                 f"attach: the checkpoint was saved after {sampler.consumed} samples of epoch {sampler.epoch}, but the "
                 f"Trainer goes on after {done} of epoch {self._epoch}. Keep the product of "
-                f"per_device_train_batch_size, gradient_accumulation_steps and the number of ranks the same."
+                f"per_device_train_batch_size, gradient_accumulation_steps and the number of ranks the same, and "
+                f"leave no epoch early (control.should_epoch_stop), since a Trainer that resumes does not know of it."
             )
         else:
             self._batches.passed = done // self._batches.batch_size

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from huggingface_support import BATCH, ROWS, history, items, joined, prepare
 
 from samplewise.callbacks.huggingface_loader import PassedBatches
@@ -104,6 +105,17 @@ def test_another_total_batch_is_refused(tmp_path, settings):
     run(tmp_path, max_steps=2)
     with pytest.raises(RuntimeError, match=r"saved after 8 samples of epoch 0, but .* Keep the product of"):
         run(tmp_path, str(tmp_path / "checkpoint-2"), **settings)
+
+
+class LeavesEarly(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 4
+
+
+def test_an_epoch_that_was_left_early(tmp_path):
+    run(tmp_path, given={"callbacks": [LeavesEarly()]})
+    with pytest.raises(RuntimeError, match=r"4 samples of epoch 1, .* 20 of epoch 0\. .*leave no epoch early"):
+        run(tmp_path, str(tmp_path / "checkpoint-5"))
 
 
 def test_the_same_total_batch_goes_on(tmp_path):
