@@ -6,6 +6,7 @@ sampler to the epoch that its loader has counted, from 0 after a resume too; and
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -54,6 +55,12 @@ def attach_accelerator(accelerator: Any, loader: Any) -> PlannedSampler:
             "batches that the sampler passes over itself after a resume; set it to False."
         )
     sampler = _sampler_of(loader)
+    launched = max(sampler.num_replicas, int(os.environ.get("WORLD_SIZE", 1)))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"attach(accelerator, loader): {launched} processes were launched, but the Accelerator knows of "
+            f"{accelerator.num_processes}, so that each would train alone. Without GPUs make it Accelerator(cpu=True)."
+        )
     if sampler.sharded:
         raise ValueError(
             f"attach(accelerator, loader): {type(sampler).__name__}(sharded=True) plans each rank's share by itself, "
@@ -67,6 +74,9 @@ def attach_accelerator(accelerator: Any, loader: Any) -> PlannedSampler:
     sampler.sharding = "loader"
     split = loader.split_batches if hasattr(loader, "split_batches") else accelerator.split_batches
     size = loader.batch_sampler.batch_size if split else loader.batch_sampler.batch_size * accelerator.num_processes
+    shard = loader.batch_sampler
+    fills = accelerator.num_processes > 1 and getattr(shard, "even_batches", True) and not shard.drop_last
+    sampler.step_samples = size if fills else 1  # accelerate would do it with what this process has seen first
     sampler.watch = DueWatch(
         size,
         "Give the sampler to the DataLoader that is prepared, leave out accelerator.skip_first_batches (a sampler that "

@@ -24,7 +24,7 @@ from samplewise.callbacks.huggingface_losses import Step, StepLosses
 from samplewise.callbacks.huggingface_state import checkpoint_of, note_checkpoint, transformers, write_file
 from samplewise.cuda_ext.ranks import rank
 from samplewise.loaders import SAMPLE_ID, PlannedSampler
-from samplewise.loaders.guard import BATCHES
+from samplewise.loaders.guard import BATCHES, check_batch
 
 STATE_FILE = "samplewise_sampler.pt"
 VERSION = 1
@@ -163,6 +163,8 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
             )
             return False
         saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved.get("version") != VERSION:
+            raise ValueError(f"attach: {file} is of version {saved.get('version')}, this release reads {VERSION}.")
         self.sampler.load_state_dict(saved["sampler"])
         self._figures = saved["figures"]
         return True
@@ -255,9 +257,10 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
         ids: Tensor = inputs.pop(SAMPLE_ID)
         self._lengths = inputs.pop(LENGTHS, None)
         if self._batches is not None and self._seen < BATCHES and self._in_order:
-            self.sampler.check_due(
-                ids,
+            check_batch(
                 "attach",
+                self.sampler,
+                ids,
                 "Leave the accelerator's dispatch_batches and split_batches, and what get_train_dataloader() gives, as "
                 "they are.",
             )

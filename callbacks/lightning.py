@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from samplewise.callbacks.guards import batch_size_of, check_validation, combined_loader, is_stream, planned_loader
 from samplewise.loaders import PlannedSampler, ids_of
-from samplewise.loaders.guard import BATCHES
+from samplewise.loaders.guard import BATCHES, check_batch
 from samplewise.loaders.ids import _WithIds
 from samplewise.loaders.shares import load_saved_state, saved_state
 
@@ -181,8 +181,11 @@ class SamplingCallback(Callback):
             return
         if (ids := ids_of(batch)) is not None:
             self._unchecked -= 1
-            self.sampler.check_due(
-                ids, "SamplingCallback", "Let nothing stand between DataLoader(..., sampler=sampler) and the Trainer."
+            check_batch(
+                "SamplingCallback",
+                self.sampler,
+                ids,
+                "Let nothing stand between DataLoader(..., sampler=sampler) and the Trainer.",
             )
 
     @override

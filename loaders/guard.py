@@ -18,6 +18,21 @@ BATCHES = 3
 """Batches that are looked at before a sampler is trusted."""
 
 
+def check_batch(owner: str, sampler: Any, ids: Tensor, fix: str) -> None:
+    """For a framework's callback: see that a batch that comes now is the sampler's, before it is trained on.
+
+    Args:
+        owner: the callback, for the message.
+        sampler: a PlannedSampler.
+        ids: integer (B,), this rank's batch.
+        fix: what to change in the framework's settings, the end of the message.
+
+    Raises:
+        RuntimeError: the ids are not among those that are due.
+    """
+    check_due(owner, ids, sampler.order(), sampler.consumed, ids.numel() * sampler.num_replicas, fix)
+
+
 def check_due(owner: str, ids: Tensor, order: Order, position: int, samples: int, fix: str) -> None:
     """Raise unless the ids of a batch are among those due.
 

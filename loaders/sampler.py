@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from samplewise.loaders import shares
 from samplewise.loaders.cursor import Cursor
 from samplewise.loaders.epoch import SharedEpoch
 from samplewise.loaders.epoch_plan import EpochPlan
-from samplewise.loaders.guard import DueWatch, ReshardingWatch, begin_again, check_due
+from samplewise.loaders.guard import DueWatch, ReshardingWatch, begin_again
 from samplewise.loaders.options import Arrange, arrange_name, check_arrange, check_epoch_length
 from samplewise.loaders.order import Order, OrderIterator, Segment, next_stretches
 from samplewise.loaders.plan import Plan
@@ -43,6 +44,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         recording: set it to False while losses must not be recorded (validation).
         sharding: who deals the ids out to the ranks: "sampler", or "loader" (accelerate's), which then gets all of
             them on every rank. Losses are counted and merged over the ranks in both cases.
+        step_samples: to a multiple of so many ids an epoch is filled up for a loader that deals them out.
         watch: looks at the first batches that are observed, whether they are the sampler's.
         on_plan: called, without arguments, whenever the plan of an epoch is settled.
         plan_seconds: seconds that the last planning took, the ledger's sync included.
@@ -86,6 +88,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self.shared_epoch = SharedEpoch()
         self.recording = True
         self.sharding: Literal["sampler", "loader"] = "sampler"
+        self.step_samples = 1
         self.on_plan: Callable[[], None] | None = None
         self.plan_seconds = 0.0
         self._epoch_plan: EpochPlan | None = None  # of the current epoch, once it is made
@@ -211,7 +214,8 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
         A multiple of the world size, unless the epoch was begun by another number of ranks.
         """
-        return self._settled().total(self.num_replicas)
+        total = self._settled().total(self.num_replicas)
+        return total if self.sharding == "sampler" else total + (self.begin - total) % self.step_samples
 
     @property
     def begin(self) -> int:
@@ -237,20 +241,9 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     def order(self) -> Order:
         """The current epoch's ids as the loader gets them."""
-        return self._settled().order(self.num_replicas, self.rank if self.sharding == "sampler" else None)
-
-    def check_due(self, ids: Tensor, owner: str, fix: str) -> None:
-        """For a framework's callback: see that a batch that comes now is the sampler's, before it is trained on.
-
-        Args:
-            ids: integer (B,), this rank's batch.
-            owner: the callback, for the message.
-            fix: what to change in the framework's settings, the end of the message.
-
-        Raises:
-            RuntimeError: the ids are not among those that are due.
-        """
-        check_due(owner, ids, self.order(), self.consumed, ids.numel() * self.num_replicas, fix)
+        if self.sharding == "sampler":
+            return self._settled().order(self.num_replicas, self.rank)
+        return replace(self._settled().order(self.num_replicas, None), total=self.total_size)
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 

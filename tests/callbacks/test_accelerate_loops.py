@@ -131,7 +131,9 @@ def two_ranks(rank, folder):
     forget_accelerate()
     parts = prepared()
     parts[0].load_state(folder)
-    results["resumed"] = train(parts)[0]
+    seen, _ = train(parts)
+    parts[4].sync()
+    results["resumed"] = seen, parts[4].ledger.records.clone()
     results["refused"] = {name: refusal(**settings) for name, settings in NOT_ATTACHED.items()}
     forget_accelerate()
     sampler, accelerator = Everything(SIZE), Accelerator(cpu=True)
@@ -197,12 +199,21 @@ def test_every_loss_is_on_its_own_row(ranks):
 
 
 def test_resume_on_two_ranks(ranks):
+    """Exact, also in last batches, which are filled up."""
     for rank in ranks:
-        whole, resumed = rank["dealt out"][0], rank["resumed"]
-        done = 9 - len(whole[0])
-        assert 0 < done < len(whole[1]) - 2
-        assert resumed[1][:-1] == whole[1][done:-1]  # the last ones are filled up with the first that came
-        assert list(resumed) == [1, 2]
+        whole, resumed = rank["dealt out"], rank["resumed"]
+        done = 9 - len(whole[0][0])
+        assert 0 < done < len(whole[0][1]) - 2
+        assert resumed[0] == {1: whole[0][1][done:], 2: whole[0][2]}
+        assert torch.equal(resumed[1].view(torch.int32), whole[2].view(torch.int32))
+
+
+def test_processes_that_the_accelerator_does_not_know_of(monkeypatch):
+    """As ``Accelerator()`` does not where there is no GPU."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"2 processes were launched.*make it Accelerator\(cpu=True\)"):
+        prepared(accelerator=accelerator)
 
 
 @pytest.mark.parametrize("name", NOT_ATTACHED)

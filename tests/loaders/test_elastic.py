@@ -8,6 +8,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from samplewise.loaders import DistinctBatches
+from samplewise.loaders.guard import check_batch
 from samplewise.loaders.testing import _through_file as through_file
 from support import HardHalf, Lengths, loss_of
 
@@ -160,24 +161,26 @@ def test_the_loader_gets_all_ids_on_every_rank(world):
         assert len(served) - len(plan) < world * BATCH
         for number, batches in enumerate(zip(*shares, strict=True)):
             for sampler, batch in zip(ranks, batches, strict=True):
-                sampler.check_due(torch.tensor(batch), "test", "")
+                check_batch("test", sampler, torch.tensor(batch), "")
                 assert sampler.consumed == number * world * BATCH
             observe(ranks, batches)
         assert all(sampler.consumed >= len(plan) for sampler in ranks)
 
 
 def test_resume_where_the_loader_deals_out():
+    """Exact to the last batch, which is filled up with the epoch's first ids."""
     ranks = make(2)
     for sampler in ranks:
-        sampler.sharding = "loader"
+        sampler.sharding, sampler.step_samples = "loader", 2 * BATCH
+    assert ranks[0].total_size == len(ranks[0]) == 108
     whole = list(zip(*dealt_by_accelerate(ranks), strict=True))
+    assert [i for batch in whole[-1] for i in batch][-5:] == [i for batch in whole[0] for i in batch][:5]
     for batches in whole[:5]:
         observe(ranks, batches)
     again = resumed(ranks[0].state_dict(), 2)
     for sampler in again:
-        sampler.sharding = "loader"
-    rest = list(zip(*dealt_by_accelerate(again), strict=True))
-    assert rest[:-1] == whole[5:-1]  # the last one is filled up with the first batches that this loader has seen
+        sampler.sharding, sampler.step_samples = "loader", 2 * BATCH
+    assert list(zip(*dealt_by_accelerate(again), strict=True)) == whole[5:]
 
 
 # --- guards -----------------------------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ def test_a_batch_of_another_sampler_is_not_due(sharding):
         sampler.sharding = sharding
     others = [(i * 37) % SIZE for i in range(BATCH)]
     with pytest.raises(RuntimeError, match=r"^SomeCallback: the batch holds the samples \[0, 37, 74\].*Set it\.$"):
-        ranks[1].check_due(torch.tensor(others), "SomeCallback", "Set it.")
+        check_batch("SomeCallback", ranks[1], torch.tensor(others), "Set it.")
 
 
 def test_filling_up_with_what_other_ranks_began_the_epoch_with():
@@ -203,7 +206,7 @@ def test_filling_up_with_what_other_ranks_began_the_epoch_with():
     sampler = resumed(ranks[0].state_dict(), 2)[1]
     sampler.sharding = "loader"
     sampler.advance_to(SIZE - 1)
-    sampler.check_due(torch.tensor(shares[0][0]), "test", "")
+    check_batch("test", sampler, torch.tensor(shares[0][0]), "")
     sampler.advance_to(8 * 4 * BATCH)
     with pytest.raises(RuntimeError, match="are due"):
-        sampler.check_due(torch.tensor(shares[0][0]), "test", "")
+        check_batch("test", sampler, torch.tensor(shares[0][0]), "")
