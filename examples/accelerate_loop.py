@@ -1,6 +1,6 @@
 """A loop with accelerate that leaves out samples which are learnt already; accelerate_loop_plain.py is without.
 
-On several processes: accelerate launch --num_processes 2 accelerate_loop.py
+On several processes: torchrun --nproc_per_node 2 accelerate_loop.py
 """
 
 import torch

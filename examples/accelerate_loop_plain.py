@@ -1,6 +1,6 @@
 """A loop with accelerate, before samplewise: accelerate_loop.py is the same with three lines changed.
 
-On several processes: accelerate launch --num_processes 2 accelerate_loop_plain.py
+On several processes: torchrun --nproc_per_node 2 accelerate_loop_plain.py
 """
 
 import torch

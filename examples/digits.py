@@ -1,15 +1,14 @@
-"""The data and the network of the examples: images of digits, 8 x 8, which scikit-learn brings along."""
+"""The data and the networks of the examples: images of digits, 8 x 8, which scikit-learn brings along."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import webdataset as wds
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import ViTConfig, ViTForImageClassification
 
 TRAINED_ON = 1500
 
@@ -36,8 +35,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def transformer() -> ViTForImageClassification:
-    """The same for the Trainer: a small vision transformer, not trained yet."""
+def transformer() -> Any:
+    """The same for the HF Trainer: a small vision transformer, not trained yet."""
+    from transformers import ViTConfig, ViTForImageClassification
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes))
@@ -55,6 +56,8 @@ def accuracy(model: nn.Module) -> float:
 
 def write_shards(folder: str, shards: int = 6) -> list[str]:
     """Write the training data as tar files of webdataset, and give their paths."""
+    import webdataset as wds
+
     data, paths = Digits(train=True), []
     for shard in range(shards):
         paths.append(str(Path(folder) / f"digits-{shard}.tar"))

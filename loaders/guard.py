@@ -141,6 +141,24 @@ def _prepared_loaders() -> list[Any]:
     return [loader for loader in state.GradientState().dataloader_references if loader is not None]
 
 
+class StreamWatch(ReshardingWatch):
+    """Notices, besides, that a loop over a stream never says which epoch it is in."""
+
+    def look(self, sampler: Any, ids: Tensor) -> None:
+        """Look at one of the first batches, then at how far the epoch is."""
+        if self._left > 0:
+            super().look(sampler, ids)
+        self.done = sampler.set_epoch_called
+        if not self.done and sampler.consumed > sampler.total_size:
+            self.done = True
+            warnings.warn(
+                f"{type(sampler).__name__}: more samples were trained on than epoch {sampler.epoch} has, and set_epoch "
+                f"was never called: a stream cannot tell where an epoch begins, so that the plan stays what it is. "
+                f"Call sampler.set_epoch(epoch) before each pass.",
+                stacklevel=3,
+            )
+
+
 class DueWatch:
     """Looks whether the first batches are those that are due, where the loader deals out the ids.
 

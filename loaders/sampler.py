@@ -44,6 +44,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         recording: set it to False while losses must not be recorded (validation).
         sharding: who deals the ids out to the ranks: "sampler", or "loader" (accelerate's), which then gets all of
             them on every rank. Losses are counted and merged over the ranks in both cases.
+        set_epoch_called: whether the loop says itself which epoch it is in.
         step_samples: to a multiple of so many ids an epoch is filled up for a loader that deals them out.
         watch: looks at the first batches that are observed, whether they are the sampler's.
         on_plan: called, without arguments, whenever the plan of an epoch is settled.
@@ -94,7 +95,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         self._epoch_plan: EpochPlan | None = None  # of the current epoch, once it is made
         self._last: Segment | None = None  # the last stretch of any plan so far
         self._previous_order: Order | None = None
-        self._weighted = self._set_epoch_called = False
+        self._weighted = self.set_epoch_called = False
         self._cursor = Cursor.at_start(step=0)
         self.watch: ReshardingWatch | DueWatch = ReshardingWatch()
 
@@ -120,7 +121,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
         goes to the next epoch when it iterates the sampler again after it trained on the whole of the last one.
         """
         epoch = integer(f"{type(self).__name__}.set_epoch", "epoch", epoch, 0)
-        self._set_epoch_called = True
+        self.set_epoch_called = True
         if epoch != self.epoch:
             self._go_to(epoch)
 
@@ -232,7 +233,7 @@ class PlannedSampler(DistributedSampler[int], ABC):
 
     def __iter__(self) -> Iterator[int]:
         # Never behind the back of a loop that calls set_epoch(): it may just look at a batch, or evaluate.
-        if not self._set_epoch_called and self._cursor.is_left(self.total_size):
+        if not self.set_epoch_called and self._cursor.is_left(self.total_size):
             self._go_to(self.epoch + 1)
         order = self.order()
         self._cursor.begin()

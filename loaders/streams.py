@@ -56,6 +56,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from samplewise.cuda_ext.ranks import world_size
 from samplewise.loaders.epoch import SharedEpoch
+from samplewise.loaders.guard import StreamWatch
 from samplewise.loaders.ids import SAMPLE_ID
 from samplewise.loaders.key_index import KeyIndex, shared_zeros
 from samplewise.loaders.plan import Plan
@@ -113,7 +114,7 @@ def keep(sampler: PlannedSampler, index: KeyIndex, key: str = "__key__") -> Keep
     if publisher is None or len(publisher.counts) != sampler.size:
         publisher = _Publisher(sampler)
         publisher()
-        sampler.on_plan = publisher
+        sampler.on_plan, sampler.watch = publisher, StreamWatch()
     return Keep(index, key, publisher.counts, sampler.shared_epoch, sampler.ledger.distributed)
 
 

@@ -1,5 +1,6 @@
 """Another number of ranks: an epoch that was begun by some goes on with others; and loaders that deal out the ids."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -9,8 +10,9 @@ from torch.utils.data import BatchSampler
 
 from samplewise.loaders import DistinctBatches
 from samplewise.loaders.guard import check_batch
+from samplewise.loaders.streams import KeyIndex, keep
 from samplewise.loaders.testing import _through_file as through_file
-from support import HardHalf, Lengths, loss_of
+from support import Everything, HardHalf, Lengths, loss_of
 
 SIZE, BATCH = 103, 3
 
@@ -210,3 +212,18 @@ def test_filling_up_with_what_other_ranks_began_the_epoch_with():
     sampler.advance_to(8 * 4 * BATCH)
     with pytest.raises(RuntimeError, match="are due"):
         check_batch("test", sampler, torch.tensor(shares[0][0]), "")
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_loop_over_a_stream_that_never_calls_set_epoch(called, recwarn):
+    sampler = Everything(10)
+    stage = keep(sampler, KeyIndex.from_keys(range(10)), key="row")
+    for epoch in range(3):
+        if called:
+            sampler.set_epoch(epoch)
+        for sample in stage({"row": row} for row in range(10)):
+            ids = torch.tensor([sample["sample_id"]])
+            sampler.observe(ids, torch.ones(1, requires_grad=True))
+    warned = [str(warning.message) for warning in recwarn]
+    assert len(warned) == (not called)
+    assert all(re.search(r"^Everything: .*Call sampler\.set_epoch", text) for text in warned)
