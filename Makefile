@@ -42,6 +42,7 @@ sanitize: $(NATIVE)  ## the tests of the ops on CPU kernels built with AddressSa
 
 bench: $(NATIVE)  ## run every benchmark
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/scale.py --quick
 
 lint: $(STAMP)  ## ruff, then mypy on the installed package
 	$(BIN)/ruff check .
