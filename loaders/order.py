@@ -234,4 +234,9 @@ class OrderIterator(Iterator[int]):
                 f"The loader's state is of epoch {state['epoch']}, the sampler is at epoch {self._epoch}: call "
                 f"sampler.load_state_dict(...) with the state saved beside it before the loader is iterated."
             )
+        if state["position"] < self._order.begin:
+            raise ValueError(
+                f"The loader's state is of position {state['position']}, which another number of ranks trained on: "
+                f"resume with the sampler's state alone, which goes on at position {self._order.begin}."
+            )
         self._move_to(min(self._order.index_of(state["position"]), self._order.length))

@@ -125,6 +125,18 @@ def test_drop_last_leaves_out_less_than_one_sample_a_rank():
     assert len(set(served)) == len(served) == 12 + 36
 
 
+def test_a_loaders_state_of_other_ranks():
+    ranks = make(4)
+    iterator = iter(ranks[0])
+    for _ in range(2):
+        next(iterator)
+    state = iterator.state_dict()
+    train(ranks, stop=2)
+    (alone,) = resumed(ranks[0].state_dict(), 1)
+    with pytest.raises(ValueError, match=r"position 8, which another number of ranks.*goes on at position 24"):
+        iter(alone).load_state_dict(state)
+
+
 def test_a_limit_was_that_of_the_other_ranks():
     ranks = make(4)
     for sampler in ranks:
