@@ -46,7 +46,10 @@ class Histogram:
     @property
     def mean(self) -> float:
         """Mean of the values counted, NaN where there are none: the same for any order of them."""
-        return float((self.counts * self.means).sum()) / self.count if self.count else nan
+        filled = np.flatnonzero(self.counts)  # few of them, where the values are few
+        counts = self.counts[filled]
+        means = self._means(self.low + (filled << self.shift), self.offsets[filled], counts)
+        return float((counts * means).sum()) / int(counts.sum()) if filled.size else nan
 
     def bin_of(self, rank: int) -> tuple[int, int]:
         """The bin of the value of that rank, from 0, and how many values the bins before it hold."""
@@ -67,10 +70,16 @@ class Histogram:
     @property
     def means(self) -> NDArray[np.float64]:
         """Float64 (B,), mean value of each bin, its edge where it is empty."""
-        first = self.edges.astype(np.float64)
-        spacing = values_of(self._first_keys + 1) - first
+        return self._means(self._first_keys, self.offsets, self.counts)
+
+    @staticmethod
+    def _means(
+        first_keys: NDArray[np.int64], offsets: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        first = values_of(first_keys).astype(np.float64)
+        spacing = values_of(first_keys + 1) - first
         with np.errstate(invalid="ignore"):
-            return np.where(self.offsets == 0, first, first + spacing * (self.offsets / self.counts))
+            return np.where(offsets == 0, first, first + spacing * (offsets / counts))
 
     @property
     def _first_keys(self) -> NDArray[np.int64]:

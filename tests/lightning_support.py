@@ -297,7 +297,7 @@ def ddp(folder: Path) -> None:
     model = fit(sampler, SaveEveryStep(folder), kind=Traced, val=validation(), **settings)
     result = {"whole": history(model), "plans": model.plans, "pairs": model.pairs, "saved": model.saved, "resumed": {}}
     result["batches"] = model.batches
-    for path in sorted(folder.glob("*.ckpt"))[:: world - 1]:
+    for path in sorted(folder.glob("*.ckpt"))[:: 2 * world - 3]:
         again = fit(HardHalf(size), val=validation(), ckpt_path=path, **settings)
         result["resumed"][path.name] = history(again)
     for path in sorted(folder.glob("alone/*.ckpt")):

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
@@ -111,7 +112,7 @@ def test_resume_through_save_state(tmp_path, stop):
 
 def two_ranks(rank, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of the loaders' workers: spawned ones import everything once more
     results = {}
     for name, settings in {
         "dealt out": {},

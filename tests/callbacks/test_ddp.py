@@ -101,7 +101,7 @@ def test_resume_is_exact_on_every_rank(ranks):
     for rank in ranks:
         whole = rank["whole"]
         steps = len(whole["ids"])
-        assert len(rank["resumed"]) >= steps // (len(ranks) - 1)
+        assert len(rank["resumed"]) >= steps // (2 * len(ranks) - 3)
         for name, resumed in rank["resumed"].items():
             step = int(name.split("-")[1].removesuffix(".ckpt"))
             assert resumed["ids"] == whole["ids"][step:], name

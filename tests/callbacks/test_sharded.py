@@ -33,7 +33,7 @@ def two_ranks(rank, folder):
     model = fit(sampler(), SaveEveryStep(folder), **settings)
     dist.barrier()
     found = {"whole": facts(model), "plans": []}
-    for step in (4, 7, 9):
+    for step in (4, 9):
         found[step] = facts(fit(sampler(), ckpt_path=folder / f"on_train_batch_end-{step:03d}.ckpt", **settings))
     planner = model.sampler
     for epoch in (3, 4):
@@ -66,7 +66,7 @@ def test_resume_from_the_checkpoint_that_one_rank_wrote(ranks):
     for found in ranks:
         whole = found["whole"]
         flat = [batch for epoch in sorted(whole["batches"]) for batch in whole["batches"][epoch]]
-        for step in (4, 7, 9):
+        for step in (4, 9):
             resumed = found[step]
             assert [batch for epoch in sorted(resumed["batches"]) for batch in resumed["batches"][epoch]] == flat[step:]
             assert torch.equal(resumed["weight"], whole["weight"])

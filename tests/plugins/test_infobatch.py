@@ -14,7 +14,10 @@ def keep(losses, seed=0, **options):
     return infobatch_keep(np.array(losses, dtype=np.float32), np.random.default_rng(seed), **options)
 
 
-def kept_share(losses, repetitions=4000, **options):
+REPETITIONS = 1000
+
+
+def kept_share(losses, repetitions=REPETITIONS, **options):
     """How often each sample is kept (N,) and the set of weights that it had."""
     generator = np.random.default_rng(1)
     hits, seen_weights = np.zeros(len(losses)), [set() for _ in losses]
@@ -47,7 +50,7 @@ TABLE = [
 def test_keep_probabilities_and_weights_by_hand(losses, options, shares, weights):
     measured, seen_weights = kept_share(losses, **options)
     shares = np.array(shares)
-    assert (np.abs(measured - shares) <= 5 * np.sqrt(shares * (1 - shares) / 4000)).all()
+    assert (np.abs(measured - shares) <= 5 * np.sqrt(shares * (1 - shares) / REPETITIONS)).all()
     assert seen_weights == [{weight} for weight in weights]
 
 
