@@ -56,12 +56,13 @@ class PassedBatches(BatchSampler):
         sampler: Any = self.sampler
         passed, self.passed = self.passed, 0
         if passed:
-            first = iter(sampler)
-            first.load_state_dict({**first.state_dict(), "position": 0})
+            order = sampler.order()
+            start = order.index_of(0)  # below 0, where another number of ranks had begun the epoch
             batch: list[int] = []
             for number in range(passed):
                 if number < sampler.num_replicas:
-                    batch = list(islice(first, self.batch_size))
+                    stop = min(start + self.batch_size, order.length)
+                    batch, start = order.ids(start, stop).tolist(), stop
                 yield list(batch)
         ids = iter(sampler)
         while batch := list(islice(ids, self.batch_size)):
