@@ -17,7 +17,7 @@ PARTS := cuda_ext loaders plugins callbacks recipes
 KERNELS := setup.py $(wildcard cuda_ext/csrc/*)
 # plugins' tests that use none of the ops
 NO_OPS := $(wildcard tests/plugins/test_*token*.py tests/plugins/test_*bit*.py) \
-  $(patsubst %,tests/plugins/test_%.py,correction exchange hard_negatives pools quantize refresh search)
+  $(patsubst %,tests/plugins/test_%.py,adore correction exchange hard_negatives pools quantize refresh search star)
 NATIVE := $(VENV)/.native-$(or $(SAMPLEWISE_NATIVE),auto)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
