@@ -39,9 +39,9 @@ class SamplerOptions(TypedDict, total=False):
             (:class:`samplewise.cuda_ext.sharded.ShardedLedger`), for more than about 1e8 samples. Each rank plans its
             share, from what is found over all of them, and few ids move so that all have equally many. A sample is
             then nearly always trained on by the rank that holds its record, and each rank shuffles its own share: a
-            batch of all ranks together has as many samples of each share, where else that number would scatter. Every
-            rank saves a state of its own; to go on with another number of ranks, deal them out anew at the end of an
-            epoch (:func:`samplewise.loaders.shares.reshard_samplers`). Not with ``arrange``, nor with methods that
+            batch of all ranks together has as many samples of each share, where else that number would scatter. Each
+            rank has a state of its own; :func:`samplewise.loaders.shares.saved_state`, which the callbacks use, brings
+            them together, and its counterpart deals them out to another number of ranks at an epoch's end. Not with ``arrange``, nor with methods that
             must see all samples at once.
         fingerprint: any text that identifies the data set; a state saved with another one is refused.
         num_replicas: world size; None asks torch.distributed.

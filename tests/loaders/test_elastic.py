@@ -70,7 +70,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("worlds", [(4, 2), (2, 4), (3, 2), (4, 1), (1, 3), (2, 3, 2), (4, 3, 4, 1)])
+@pytest.mark.parametrize("worlds", [(4, 2), (4, 8), (2, 4), (3, 2), (4, 1), (1, 3), (2, 3, 2), (4, 3, 4, 1)])
 def test_another_number_of_ranks_goes_on_with_the_epoch(worlds, settings):
     ranks = make(worlds[0], **settings)
     train(ranks)
