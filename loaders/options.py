@@ -41,8 +41,8 @@ class SamplerOptions(TypedDict, total=False):
             then nearly always trained on by the rank that holds its record, and each rank shuffles its own share: a
             batch of all ranks together has as many samples of each share, where else that number would scatter. Each
             rank has a state of its own; :func:`samplewise.loaders.shares.saved_state`, which the callbacks use, brings
-            them together, and its counterpart deals them out to another number of ranks at an epoch's end. Not with ``arrange``, nor with methods that
-            must see all samples at once.
+            them together, and its counterpart deals them out to another number of ranks at an epoch's end. Not with
+            ``arrange``, nor with methods that must see all samples at once.
         fingerprint: any text that identifies the data set; a state saved with another one is refused.
         num_replicas: world size; None asks torch.distributed.
         rank: this process's rank; None asks torch.distributed.
