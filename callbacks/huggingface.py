@@ -46,8 +46,8 @@ def attach(
       ``/plan_seconds``, ``/saved`` (where an epoch is shorter than the data set) and ``/rejected`` (non-finite losses
       so far, with a warning) are logged at each epoch's end.
     - An ``IterableDataset`` whose items carry their ids (``samplewise.loaders.streams``) is not sharded or dispatched
-      once more: it shards itself by rank. Give ``max_steps``. A Trainer resumes it by reading it again from its
-      beginning, so that this is not exact; the ledger is restored.
+      once more: it shards itself by rank. Give ``max_steps``. A Trainer does not save the place in it: a run
+      resumes with ``ignore_data_skip=True`` only, which begins the epoch again, with the ledger restored.
 
     **A schedule** draws one configuration of bit widths for each optimizer step, see
     :class:`~samplewise.callbacks.SwitchBits`, the same for Lightning. Between optimizer steps the model has the

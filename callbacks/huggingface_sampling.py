@@ -172,13 +172,14 @@ class SamplingCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def _begin_stream(self, args: Any, state: Any) -> None:
         if not state.global_step:
             self._begin_anew()
-        elif self._load(args, state):
-            warnings.warn(
-                "attach: a Trainer resumes a stream by reading it from its beginning, and passes over as many batches "
-                "as were trained on; the ledger is restored, but the samples that come next may not be those that "
-                "would have come.",
-                stacklevel=2,
+        elif not args.ignore_data_skip:
+            raise RuntimeError(
+                "attach: a Trainer does not save the place in a stream, so that other samples would come next than "
+                "in a run without a break. Set TrainingArguments(ignore_data_skip=True) to begin the epoch again, "
+                "with the ledger restored."
             )
+        elif self._load(args, state):
+            self.sampler.advance_to(0)
         self._epoch = self.sampler.epoch
 
     def _warn_of_epochs(self, state: Any) -> None:
@@ -322,7 +323,7 @@ def _check_trainer(trainer: Any, sampler: PlannedSampler) -> None:
             "which are counted once a rank; use data parallelism only (DDP, FSDP, DeepSpeed ZeRO)."
         )
     for name, wanted in (("ignore_data_skip", False), ("train_sampling_strategy", "random")):
-        if (found := getattr(args, name)) != wanted:
+        if (found := getattr(args, name)) != wanted and not (found is True and is_stream(trainer.train_dataset)):
             why = {
                 "ignore_data_skip": "a resumed run would begin its epoch again, and passing over batches costs nothing",
                 "train_sampling_strategy": "the sampler decides what comes when",

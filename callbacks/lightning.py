@@ -372,13 +372,11 @@ def _align(trainer: Any, sampler: PlannedSampler) -> None:
 def _check_batches_done(trainer: Any, sampler: PlannedSampler) -> None:
     loader = combined_loader(trainer).flattened[planned_loader(trainer, sampler)]
     if is_stream(loader):
-        warnings.warn(
-            f"SamplingCallback: epoch {sampler.epoch} goes on in a stream, whose place Lightning saves roughly: "
-            f"a DataLoader reads it from its beginning once more; of a StatefulDataLoader the first rank's place "
-            f"counts, and the batch that was fetched ahead is passed over. Checkpoints of an epoch's end are exact.",
-            stacklevel=2,
+        raise RuntimeError(
+            f"SamplingCallback: the checkpoint is of the middle of epoch {sampler.epoch}, and Lightning does not save "
+            f"the place in a stream. Resume from a checkpoint of an epoch's end, or train in a plain loop with "
+            f"torchdata's StatefulDataLoader (samplewise.loaders.resumable)."
         )
-        return
     size, progress = batch_size_of(loader), trainer.fit_loop.epoch_loop.batch_progress.current
     if size is None or _consumed_after(progress.processed, size, sampler) == sampler.consumed:
         return

@@ -248,8 +248,11 @@ def play(rank: int, world: int, shards: list[str], folder: str) -> dict[str, Any
         runs: dict[str, Any] = {}
         for kind, settings in {"whole": {}, "left": {"stop": 1}, "resumed": {"resume": True}}.items():
             cell = Cell(data, workers, shards, world)
-            RUN[loop](cell, place, **settings)
-            runs[kind] = cell.result()
+            try:
+                RUN[loop](cell, place, **settings)
+                runs[kind] = cell.result()
+            except RuntimeError as error:
+                runs[kind] = {"served": None, "refused": str(error)}
         results[name] = runs
     return results
 
@@ -257,7 +260,7 @@ def play(rank: int, world: int, shards: list[str], folder: str) -> dict[str, Any
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def judge(ranks: list[dict[str, Any]]) -> dict[str, bool]:
+def judge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one cell: are losses on their rows, is the union over ranks the plan, is the resumed run the rest."""
     whole = [rank["whole"] for rank in ranks]
     served = Counter(i for rank in whole for batches in rank["served"].values() for batch in batches for i in batch)
@@ -269,8 +272,9 @@ def judge(ranks: list[dict[str, Any]]) -> dict[str, bool]:
     for epoch, ids in whole[0]["plans"].items():
         plan &= Counter(i for rank in whole for batch in rank["served"][epoch] for i in batch) == Counter(ids)
     resume = all(rank["resumed"]["served"] == {1: rank["whole"]["served"].get(1, [])[1:]} for rank in ranks)
-    resume &= all(torch.equal(rank["resumed"]["records"], records) for rank in ranks)
-    return {"rows": bool(rows), "plan": bool(plan), "resume": bool(resume)}
+    resume = resume and all(torch.equal(rank["resumed"]["records"], records) for rank in ranks)
+    refused = [rank["resumed"].get("refused", "") for rank in ranks]
+    return {"rows": bool(rows), "plan": bool(plan), "resume": bool(resume), "refused": refused}
 
 
 def table(cells: dict[str, dict[str, bool]]) -> str:
